@@ -1,0 +1,177 @@
+"""The callback for LiteLLM's configuration: `callbacks: [litellm_sqlalchemy.callback.logger]`.
+
+LiteLLM imports this module in each worker process before it serves. From then on every exchange passes a
+`CallObserver`, which stands around LiteLLM's application, and the hooks below add what LiteLLM knows. A hook that
+fails is counted and logged; the client's call goes on.
+"""
+
+import functools
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+from fastapi import HTTPException
+from litellm.integrations.custom_logger import CustomLogger
+from litellm.proxy import proxy_server
+
+from litellm_sqlalchemy.calls import Call, Recorder, current_call, event_of, text
+from litellm_sqlalchemy.errors import SpoolError
+from litellm_sqlalchemy.observer import CallObserver
+from litellm_sqlalchemy.settings import load_settings
+
+_log = logging.getLogger(__name__)
+_Hook = TypeVar("_Hook", bound=Callable[..., Awaitable[Any]])
+
+
+def _guarded(hook: _Hook) -> _Hook:
+    """Keep an error of the request log away from the request."""
+
+    @functools.wraps(hook)
+    async def guarded(self: "RequestLogger", *arguments: Any, **keywords: Any) -> Any:
+        try:
+            return await hook(self, *arguments, **keywords)
+        except _Refused as error:
+            raise error.response from None
+        except Exception:
+            self.recorder.failures += 1
+            _log.exception("request log: %s failed; the call goes on", hook.__name__)
+            return None
+
+    return guarded  # type: ignore[return-value]
+
+
+class _Refused(Exception):
+    def __init__(self, response: Exception) -> None:
+        super().__init__(str(response))
+        self.response = response
+
+
+class RequestLogger(CustomLogger):
+    """Hands LiteLLM's events to the call that they belong to."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        """Take the recorder that all calls of this process share."""
+        super().__init__()
+        self.recorder = recorder
+
+    @_guarded
+    async def async_pre_call_hook(
+        self, user_api_key_dict: Any, cache: Any, data: dict[str, Any], call_type: str
+    ) -> None:
+        """LiteLLM has accepted a call: write its request record."""
+        call = current_call.get()
+        if call is None or call.accepted:
+            return
+        try:
+            self.recorder.producer.check_space()
+        except SpoolError as error:
+            raise _Refused(_unavailable(str(error))) from None
+        call.accept(user_api_key_dict, data, call_type)
+        await self.recorder.producer.synced()
+
+    @_guarded
+    async def async_log_success_event(self, kwargs: dict[str, Any], response_obj: Any, start: Any, end: Any) -> None:
+        """LiteLLM has an answer, whole."""
+        self._take_event(kwargs)
+        await self.recorder.producer.synced()
+
+    @_guarded
+    async def async_log_failure_event(self, kwargs: dict[str, Any], response_obj: Any, start: Any, end: Any) -> None:
+        """An attempt, or the call before any attempt, has failed; awaited inside the request."""
+        self._take_event(kwargs)
+
+    @_guarded
+    async def async_post_call_failure_hook(
+        self,
+        request_data: dict[str, Any],
+        original_exception: Exception,
+        user_api_key_dict: Any,
+        traceback_str: str | None = None,
+    ) -> None:
+        """The call has failed for good; awaited inside the request."""
+        call = current_call.get()
+        if call is None:
+            return
+        call.noticed = call.failed = True
+        if not call.accepted:
+            call.describe(user_api_key_dict, request_data, call.caller.get("call_type"))
+        call.error = _error_of(original_exception)
+
+    @_guarded
+    async def async_post_call_failure_deployment_hook(
+        self, request_data: Any, original_exception: Exception, call_type: Any, **_: Any
+    ) -> None:
+        """One attempt at one deployment has failed."""
+        call = current_call.get()
+        if call is not None and call.origin == "client":
+            call.attempts.append(_attempt_of(call, request_data, original_exception))
+
+    def _take_event(self, kwargs: dict[str, Any]) -> None:
+        payload = kwargs.get("standard_logging_object")
+        if not payload:
+            return
+        call = current_call.get()
+        event = event_of(payload)
+        if call is None or call.origin == "health_check":
+            self._record_internal(call, payload, event)
+            return
+        call.noticed = True
+        if not call.call_id:
+            call.call_id = text(payload.get("litellm_call_id"))
+        if not call.accepted and not call.caller:
+            call.describe(None, {"model": payload.get("model_group") or payload.get("model")}, payload.get("call_type"))
+        if event["status"] != "failure" or call.event.get("status") != "success":
+            call.event = event
+        call.conclude()
+
+    def _record_internal(self, exchange: Call | None, payload: dict[str, Any], event: dict[str, Any]) -> None:
+        """Record a call that LiteLLM made by itself: a health check."""
+        gateway = exchange.gateway if exchange else self.recorder.settings.gateway.name
+        call = Call(self.recorder, gateway, "health_check")
+        ended, seconds = payload.get("endTime") or time.time(), payload.get("response_time") or 0.0
+        call.started_at = int((ended - seconds) * 1e6)
+        call.ended_at = call.started + seconds
+        call.call_id = text(payload.get("litellm_call_id"))
+        call.accept(None, {"model": payload.get("model")}, payload.get("call_type"))
+        call.event = event
+        call.finish()
+
+
+def _error_of(error: Exception) -> dict[str, Any]:
+    code = getattr(error, "status_code", None) or getattr(error, "code", None)
+    message = getattr(error, "message", None) or getattr(error, "detail", None) or str(error)
+    return {"error_type": type(error).__name__, "error_code": text(code), "error_message": text(message, 8192)}
+
+
+def _attempt_of(call: Call, data: Any, error: Exception) -> dict[str, Any]:
+    information = data.get("model_info") or (data.get("litellm_metadata") or data.get("metadata") or {}).get(
+        "model_info"
+    )
+    started = call.attempts[-1]["ended_ms"] if call.attempts else 0.0
+    ended = round((time.perf_counter() - call.started) * 1000, 3)
+    return {
+        "deployment": text((information or {}).get("id")),
+        "model": text(data.get("model")),
+        **_error_of(error),
+        "duration_ms": round(ended - started, 3),
+        "ended_ms": ended,
+    }
+
+
+def _unavailable(reason: str) -> Exception:
+    return HTTPException(503, {"error": f"the gateway's request log cannot take the call: {reason}"})
+
+
+def _observe(recorder: Recorder) -> None:
+    """Stand around LiteLLM's ASGI application; its middleware stack is built before callbacks are imported."""
+    app = proxy_server.app
+    if app.middleware_stack is None:
+        app.add_middleware(CallObserver, recorder=recorder)
+    else:
+        app.middleware_stack = CallObserver(app.middleware_stack, recorder)
+
+
+_recorder = Recorder(load_settings())
+logger = RequestLogger(_recorder)
+_observe(_recorder)

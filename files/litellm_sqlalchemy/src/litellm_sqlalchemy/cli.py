@@ -1,0 +1,135 @@
+"""The command `litellm-sqlalchemy`."""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from litellm_sqlalchemy import __version__, validate
+from litellm_sqlalchemy.errors import ExitCode, LogError
+from litellm_sqlalchemy.migrate import migrate
+from litellm_sqlalchemy.settings import SETTINGS_VARIABLE, LoggingSettings, Settings, as_mapping, load_settings
+from litellm_sqlalchemy.status import spool_status
+from litellm_sqlalchemy.writer import run_writer
+
+_EXIT_CODES = "exit codes: " + ", ".join(f"{code.value} {code.name.lower()}" for code in ExitCode)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        settings = load_settings(options.settings)
+        if options.settings:
+            os.environ[SETTINGS_VARIABLE] = str(options.settings)
+        _configure_logging(settings.logging)
+        return int(options.verb(settings, options))
+    except LogError as error:
+        print(f"litellm-sqlalchemy: {error}", file=sys.stderr)
+        return int(error.exit_code)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="litellm-sqlalchemy",
+        description="Log of a LiteLLM gateway's requests and responses in PostgreSQL.",
+        epilog=f"example: litellm-sqlalchemy validate --json; {_EXIT_CODES}",
+    )
+    parser.add_argument("--version", action="version", version=f"litellm-sqlalchemy {__version__}")
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    def add(name: str, verb: Callable[[Settings, argparse.Namespace], int], summary: str) -> argparse.ArgumentParser:
+        verb_parser = verbs.add_parser(name, help=summary, description=summary, epilog=_EXIT_CODES)
+        verb_parser.add_argument(
+            "--settings", type=Path, metavar="FILE", help=f"settings file (default: ${SETTINGS_VARIABLE})"
+        )
+        verb_parser.add_argument("--json", action="store_true", help="print JSON")
+        verb_parser.set_defaults(verb=verb)
+        return verb_parser
+
+    add("validate", _validate, "Prove the deployment, a real call through the gateway included.")
+    migrating = add("migrate", _migrate, "Bring tables and privileges up to date.")
+    migrating.add_argument("--check", action="store_true", help="change nothing; exit 5 when there is something to do")
+    add("write", _write, "Deliver the spool to PostgreSQL until stopped.")
+    add("status", _status, "Count what became of every event; exit 1 when any was lost.")
+    add("settings", _settings, "Print the settings in force.")
+    return parser
+
+
+def _validate(settings: Settings, options: argparse.Namespace) -> int:
+    results = []
+    for result in validate.Validation(settings).run():
+        results.append(result)
+        if not options.json:
+            remedy = f"; next: {result.remedy}" if result.remedy else ""
+            print(f"{'OK    ' if result.ok else 'FAILED'} {result.id:<32} {result.seen}{remedy}", flush=True)
+    if options.json:
+        _print(validate.as_mapping(results))
+    return ExitCode.OK if all(result.ok for result in results) else ExitCode.FAILED
+
+
+def _migrate(settings: Settings, options: argparse.Namespace) -> int:
+    changed, message = migrate(settings, check=options.check)
+    if options.json:
+        _print({"changed": changed, "message": message})
+    else:
+        print(message)
+    return ExitCode.SCHEMA if options.check and changed else ExitCode.OK
+
+
+def _write(settings: Settings, options: argparse.Namespace) -> int:
+    run_writer(settings)
+    return ExitCode.OK
+
+
+def _status(settings: Settings, options: argparse.Namespace) -> int:
+    status = spool_status(settings.spool.directory)
+    if options.json:
+        _print(asdict(status))
+    else:
+        print(status)
+    return ExitCode.FAILED if status.dead or status.damaged or status.dropped else ExitCode.OK
+
+
+def _settings(settings: Settings, options: argparse.Namespace) -> int:
+    if options.json:
+        _print(as_mapping(settings))
+    else:
+        print(yaml.safe_dump(as_mapping(settings), sort_keys=False), end="")
+    return ExitCode.OK
+
+
+def _print(content: Any) -> None:
+    print(json.dumps(content, indent=2))
+
+
+class _JsonFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        """Return one JSON object."""
+        content = {
+            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            content["exception"] = self.formatException(record.exc_info)
+        return json.dumps(content)
+
+
+def _configure_logging(settings: LoggingSettings) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(
+        _JsonFormatter() if settings.format == "json" else logging.Formatter("%(levelname)s %(message)s")
+    )
+    logging.basicConfig(level=settings.level, handlers=[handler])
+    logging.getLogger("alembic").setLevel(logging.WARNING)

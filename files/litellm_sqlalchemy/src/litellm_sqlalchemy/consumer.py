@@ -1,0 +1,254 @@
+"""The writer's side of the spool: what has not been delivered yet, and the durable memory of what has.
+
+`state.json` holds, for each producer, the cursor (segment and offset behind the last delivered frame), the last
+sequence number and the calls that have a request but no response yet, and the counters of the whole spool. It is
+replaced atomically after the database's commit: a crash in between delivers the batch again, which changes nothing.
+"""
+
+import base64
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from litellm_sqlalchemy import frames
+from litellm_sqlalchemy.errors import SpoolError
+from litellm_sqlalchemy.frames import Damage, Frame, Kind
+from litellm_sqlalchemy.records import identifier
+from litellm_sqlalchemy.spool import Lock, open_directory, replace_file
+from litellm_sqlalchemy.store import DeadLetter, Delivery
+
+#: Bytes read from a segment at once; a longer frame doubles it.
+_READ_SIZE = 4 * 1024 * 1024
+
+
+@dataclass
+class Cursor:
+    """How far a producer's frames are delivered."""
+
+    segment: int = 1
+    offset: int = 0
+    sequence: int = 0
+    damaged: bool = False
+    open: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Totals:
+    """Counters since the spool was made; `received` = all the others but duplicates + what is still spooled.
+
+    delivered_*: frames that the database has committed; duplicates: deliveries that found the row there already;
+    dead: frames refused for good; damaged: frames that the disk lost; dropped: frames that no space was left for;
+    interrupted: responses made up for calls whose gateway process died.
+    """
+
+    delivered_requests: int = 0
+    delivered_responses: int = 0
+    duplicates: int = 0
+    dead: int = 0
+    damaged: int = 0
+    dropped: int = 0
+    interrupted: int = 0
+
+
+@dataclass
+class Batch:
+    """Frames of one producer, in order, and the cursor behind them."""
+
+    producer: str
+    frames: list[Frame]
+    damages: list[Damage]
+    cursor: Cursor
+    finished: bool
+    """Whether the producer is gone and this is the last of it."""
+
+
+class Consumer:
+    """Reads the spool; only one at a time may have it."""
+
+    def __init__(self, directory: Path) -> None:
+        """Take the writer's lock. Raises SpoolError, LockedError."""
+        self.directory = open_directory(directory)
+        self._lock = Lock(directory / "writer.lock")
+        self._state = directory / "state.json"
+        (directory / "dead").mkdir(exist_ok=True)
+        self.totals, self._cursors = read_state(directory)
+
+    def close(self) -> None:
+        """Let go of the lock."""
+        self._lock.release()
+
+    def batches(self, limit: int) -> Iterator[Batch]:
+        """Yield one batch of at most `limit` frames of each producer that has any, or that has ended."""
+        for producer in producers(self.directory):
+            batch = self._read(producer, limit)
+            if batch.frames or batch.damages or batch.finished:
+                yield batch
+
+    def account(self, batch: Batch, delivery: Delivery) -> None:
+        """Count a delivered batch, once, and move its cursor's memory of open calls."""
+        cursor, totals = batch.cursor, self.totals
+        dead = {letter.frame.sequence for letter in delivery.dead}
+        is_open = dict.fromkeys(cursor.open)
+        cursor.damaged |= bool(batch.damages)
+        for frame in batch.frames:
+            if frame.sequence <= cursor.sequence:
+                continue  # written again after a failed fsync
+            gap = frame.sequence - cursor.sequence - 1
+            cursor.sequence = frame.sequence
+            if gap and cursor.damaged:
+                totals.damaged += gap
+            else:
+                totals.dropped += gap
+            if gap:
+                cursor.damaged = False
+            if frame.sequence in dead:
+                totals.dead += 1
+                continue
+            call = identifier(frame)
+            if frame.kind is Kind.REQUEST:
+                totals.delivered_requests += 1
+                is_open[call] = None
+            else:
+                totals.delivered_responses += 1
+                is_open.pop(call, None)
+        if batch.finished and cursor.damaged:
+            totals.damaged += 1  # a torn frame at the very end: none came after it to tell its number
+        totals.duplicates += delivery.duplicates
+        cursor.open = list(is_open)
+
+    def retire(self, batch: Batch, delivery: Delivery) -> None:
+        """Remember, durably, that an accounted batch is delivered; then remove what is no longer needed."""
+        for number, damage in enumerate(batch.damages):
+            name = f"{batch.producer}-{batch.cursor.segment}-{batch.cursor.offset}-{number}.damaged"
+            replace_file(self.directory / "dead" / name, damage.content)
+        for letter in delivery.dead:
+            self._bury(batch.producer, letter)
+        if batch.finished:
+            self._cursors.pop(batch.producer, None)
+        else:
+            self._cursors[batch.producer] = batch.cursor
+        self._save()
+        folder = self.directory / "producers" / batch.producer
+        if batch.finished:
+            shutil.rmtree(folder)
+            return
+        for file in folder.glob("*.seg"):
+            if int(file.stem) < batch.cursor.segment:
+                file.unlink()
+
+    def _read(self, producer: str, limit: int) -> Batch:
+        folder = self.directory / "producers" / producer
+        ended = has_ended(folder)  # before the files are listed: what a dead producer left is all there is
+        before = self._cursors.get(producer, Cursor())
+        cursor = Cursor(**asdict(before))
+        batch = Batch(producer, [], [], cursor, False)
+        segments = sorted(int(file.stem) for file in folder.glob("*.seg"))
+        for number in (segment for segment in segments if segment >= cursor.segment):
+            if number > cursor.segment:
+                cursor.segment, cursor.offset = number, 0
+            last = number == segments[-1]
+            drained = self._read_segment(folder, batch, limit, complete=ended or not last)
+            if not drained:
+                return batch
+        batch.finished = ended
+        return batch
+
+    @staticmethod
+    def _read_segment(folder: Path, batch: Batch, limit: int, *, complete: bool) -> bool:
+        """Add what a segment holds; return whether nothing is left in it that can be read now."""
+        cursor = batch.cursor
+        size = _READ_SIZE
+        with (folder / f"{cursor.segment:010}.seg").open("rb") as file:
+            end = os.fstat(file.fileno()).st_size
+            while cursor.offset < end:
+                data = os.pread(file.fileno(), size, cursor.offset)
+                reaches_end = cursor.offset + len(data) >= end
+                start = cursor.offset
+                for found, behind in frames.decode(data, complete=complete and reaches_end):
+                    cursor.offset = start + behind
+                    (batch.damages if isinstance(found, Damage) else batch.frames).append(found)  # type: ignore[arg-type]
+                    if len(batch.frames) >= limit:
+                        return False
+                if reaches_end:
+                    return True
+                if cursor.offset == start:
+                    size *= 2
+        return True
+
+    def _bury(self, producer: str, letter: DeadLetter) -> None:
+        frame = letter.frame
+        content = {
+            "reason": letter.reason,
+            "kind": frame.kind.name.lower(),
+            "metadata": frame.metadata.decode(errors="backslashreplace"),
+            "frame": base64.b64encode(frames.encode(frame)).decode(),
+        }
+        replace_file(self.directory / "dead" / f"{producer}-{frame.sequence}.json", json.dumps(content).encode())
+
+    def _save(self) -> None:
+        content = {
+            "totals": asdict(self.totals),
+            "producers": {producer: asdict(cursor) for producer, cursor in self._cursors.items()},
+        }
+        replace_file(self._state, orjson.dumps(content))
+
+
+def read_state(directory: Path) -> tuple[Totals, dict[str, Cursor]]:
+    """Return the counters and cursors that the writer left. Raises SpoolError."""
+    file = directory / "state.json"
+    try:
+        content: dict[str, Any] = orjson.loads(file.read_bytes())
+        cursors = {producer: Cursor(**cursor) for producer, cursor in content["producers"].items()}
+        return Totals(**content["totals"]), cursors
+    except FileNotFoundError:
+        return Totals(), {}
+    except (ValueError, KeyError, TypeError) as error:
+        raise SpoolError(
+            f"{file} is damaged ({error}): move it away; every frame is then delivered again, which adds no row twice"
+        ) from None
+
+
+def producers(directory: Path) -> list[str]:
+    """Return the producers that have a folder, oldest first."""
+    return sorted(folder.name for folder in (directory / "producers").glob("[!.]*"))
+
+
+def has_ended(folder: Path) -> bool:
+    """Return whether the process that wrote a producer's folder is gone."""
+    try:
+        descriptor = os.open(folder / "lock", os.O_RDWR)
+    except FileNotFoundError:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def last_sequence(directory: Path, producer: str, cursor: Cursor) -> tuple[int, int]:
+    """Return how many frames of a producer are not delivered yet, and its highest sequence number."""
+    folder = directory / "producers" / producer
+    pending, highest = 0, cursor.sequence
+    for file in sorted(folder.glob("*.seg")):
+        number = int(file.stem)
+        if number < cursor.segment:
+            continue
+        try:
+            data = file.read_bytes()
+        except FileNotFoundError:
+            continue
+        offset = cursor.offset if number == cursor.segment else 0
+        for found, _behind in frames.decode(data, offset, complete=False):
+            if isinstance(found, Frame) and found.sequence > highest:
+                pending, highest = pending + 1, found.sequence
+    return pending, highest

@@ -1,0 +1,126 @@
+"""Engines: SQLAlchemy's pool over psycopg2, with TLS, SCRAM and credentials that may change at any time."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from typing import Any
+
+import psycopg2
+from sqlalchemy import Connection, Engine, create_engine
+from sqlalchemy.exc import DBAPIError
+
+from litellm_sqlalchemy.errors import DatabaseError
+from litellm_sqlalchemy.settings import DatabaseSettings, load_credential
+
+#: Seconds of silence after which TCP asks whether the other side is there, and milliseconds until unanswered data
+#: ends the connection (tcp(7)): a cut network is noticed in 20 s instead of the kernel's 15 minutes.
+_KEEPALIVE = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 2, "tcp_user_timeout": 20_000}
+
+
+class ErrorClass(Enum):
+    """What an error of the database asks for."""
+
+    RETRY = "retry"
+    PAUSE = "pause"
+    CREDENTIAL = "credential"
+    SCHEMA = "schema"
+    READ_ONLY = "read_only"
+    POISON = "poison"
+    DUPLICATE = "duplicate"
+    UNKNOWN = "unknown"
+
+
+#: SQLSTATE codes, or the two characters of a whole class, and what they ask for (PostgreSQL 17, appendix A).
+_CLASSES = {
+    **dict.fromkeys(
+        ("08", "57P01", "57P02", "57P03", "53200", "53300", "53400", "40001", "40P01", "55P03", "57014"),
+        ErrorClass.RETRY,
+    ),
+    **dict.fromkeys(("53100", "42501", "3D000", "58"), ErrorClass.PAUSE),
+    **dict.fromkeys(("42P01", "42703"), ErrorClass.SCHEMA),
+    "25006": ErrorClass.READ_ONLY,
+    "28": ErrorClass.CREDENTIAL,
+    **dict.fromkeys(("22", "23503", "23514", "23502", "54000", "54001"), ErrorClass.POISON),
+    "23505": ErrorClass.DUPLICATE,
+}
+
+
+def classify(error: BaseException) -> ErrorClass:
+    """Return what to do about an error of psycopg2 or SQLAlchemy."""
+    original = error.orig if isinstance(error, DBAPIError) else error
+    code = getattr(original, "pgcode", None) or ""
+    for key in (code, code[:2]):
+        if key in _CLASSES:
+            return _CLASSES[key]
+    if isinstance(original, psycopg2.OperationalError | psycopg2.InterfaceError | OSError):
+        refused = "authentication failed" in str(original) or "is not permitted to log in" in str(original)
+        return ErrorClass.CREDENTIAL if refused else ErrorClass.RETRY  # libpq gives no SQLSTATE while it connects
+    if isinstance(original, psycopg2.DataError | UnicodeError | OverflowError):
+        return ErrorClass.POISON
+    return ErrorClass.UNKNOWN
+
+
+def one_line(error: BaseException) -> str:
+    """Return the message of a database error in one line, with its SQLSTATE."""
+    original = error.orig if isinstance(error, DBAPIError) else error
+    lines = str(original).strip().splitlines() or [type(original).__name__]
+    code = getattr(original, "pgcode", None)
+    return f"{lines[0]} (SQLSTATE {code})" if code else " ".join(line.strip() for line in lines)
+
+
+def connection_arguments(settings: DatabaseSettings, login: str, application: str) -> dict[str, Any]:
+    """Return libpq's parameters for a login; the credential file is read now."""
+    credential = load_credential(settings, login)
+    arguments: dict[str, Any] = {
+        "host": settings.host,
+        "port": settings.port,
+        "dbname": settings.name,
+        "user": credential.user,
+        "password": credential.password,
+        "sslmode": settings.sslmode,
+        "channel_binding": settings.channel_binding,
+        "connect_timeout": settings.connect_timeout,
+        "application_name": f"litellm-sqlalchemy {application}",
+        "target_session_attrs": "any",
+        **_KEEPALIVE,
+    }
+    if settings.sslrootcert is not None:
+        arguments["sslrootcert"] = str(settings.sslrootcert)
+    return arguments
+
+
+def make_engine(
+    settings: DatabaseSettings, login: str, application: str, *, statement_timeout: float | None = None
+) -> Engine:
+    """Return an engine that logs in as `login`, a name of a credential file, read at every new connection.
+
+    `statement_timeout` is in seconds.
+    """
+    options = f"-c statement_timeout={int(statement_timeout * 1000)}" if statement_timeout else ""
+
+    def connect() -> Any:
+        return psycopg2.connect(**connection_arguments(settings, login, application), options=options)
+
+    return create_engine(
+        "postgresql+psycopg2://",
+        creator=connect,
+        pool_size=settings.pool_size,
+        max_overflow=settings.max_overflow,
+        pool_recycle=settings.pool_recycle,
+        pool_pre_ping=settings.pool_pre_ping,
+    )
+
+
+@contextmanager
+def connected(settings: DatabaseSettings, login: str, application: str) -> Iterator[Connection]:
+    """Yield one connection, for a verb that does one thing. Raises DatabaseError with the cause in one line."""
+    engine = make_engine(settings, login, application)
+    try:
+        with engine.connect() as connection:
+            yield connection
+    except (DBAPIError, psycopg2.Error) as error:
+        raise DatabaseError(
+            f"database {settings.name} at {settings.host}:{settings.port} as {login}: {one_line(error)}"
+        ) from None
+    finally:
+        engine.dispose()

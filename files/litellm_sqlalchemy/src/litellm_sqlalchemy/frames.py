@@ -1,0 +1,111 @@
+"""Frames: what stands in a spool segment, one record each.
+
+A frame is a header and a body. The header (24 bytes, big-endian): magic `LS`, format version, kind, sequence number of
+the frame within its producer (8 bytes), body length (4), CRC-32 of the header up to here (4), CRC-32 of the body (4).
+The body is the length of the metadata (4 bytes), the metadata as a JSON object, and the payload's bytes as they came.
+
+Sequence numbers count what the producer wanted to write: a gap is what it had to drop. The header's own CRC lets a
+reader trust a length before it has read the body, so that a damaged body costs one frame and no more.
+"""
+
+import struct
+from collections.abc import Iterator
+from enum import IntEnum
+from typing import NamedTuple
+from zlib import crc32
+
+FORMAT_VERSION = 1
+MAGIC = b"LS"
+_HEAD = struct.Struct(">2sBBQI")
+_CRCS = struct.Struct(">II")
+_LENGTH = struct.Struct(">I")
+HEADER_SIZE = _HEAD.size + _CRCS.size
+
+
+class Kind(IntEnum):
+    """What a frame's metadata describes."""
+
+    REQUEST = 1
+    RESPONSE = 2
+
+
+class Frame(NamedTuple):
+    """One record: its kind, its sequence number in its producer, metadata (JSON) and payload as bytes."""
+
+    kind: Kind
+    sequence: int
+    metadata: bytes
+    payload: bytes
+
+
+class Damage(NamedTuple):
+    """Bytes that hold no valid frame, and why."""
+
+    reason: str
+    content: bytes
+
+
+def encode(frame: Frame) -> bytes:
+    """Return the bytes of a frame."""
+    body_length = _LENGTH.size + len(frame.metadata) + len(frame.payload)
+    head = _HEAD.pack(MAGIC, FORMAT_VERSION, frame.kind, frame.sequence, body_length)
+    length = _LENGTH.pack(len(frame.metadata))
+    crc = crc32(frame.payload, crc32(frame.metadata, crc32(length)))
+    return b"".join((head, _CRCS.pack(crc32(head), crc), length, frame.metadata, frame.payload))
+
+
+def decode(data: bytes, offset: int = 0, *, complete: bool) -> Iterator[tuple[Frame | Damage, int]]:
+    """Yield what stands in `data` from `offset`, each with the offset behind it.
+
+    `complete` says that nothing will be appended any more: what is cut short at the end is then damage, otherwise it
+    is left for the next read.
+    """
+    size = len(data)
+    while offset < size:
+        start = offset
+        body = _body_length(data, offset)
+        if body is None:
+            if size - offset < HEADER_SIZE and not complete:
+                return
+            offset = _next_header(data, offset + 1)
+            if offset == size and not complete:
+                return  # the rest may be a header that is still being written
+            yield Damage("torn frame" if offset == size else "damaged header", data[start:offset]), offset
+            continue
+        end = offset + HEADER_SIZE + body
+        if end > size:
+            if complete:
+                yield Damage("torn frame", data[start:]), size
+            return
+        offset = end
+        yield _frame(data, start, end), end
+
+
+def _body_length(data: bytes, offset: int) -> int | None:
+    """Return the body length of the valid header at `offset`, None where there is none."""
+    if len(data) - offset < HEADER_SIZE:
+        return None
+    head = data[offset : offset + _HEAD.size]
+    magic, version, _kind, _sequence, length = _HEAD.unpack(head)
+    if magic != MAGIC or version != FORMAT_VERSION or _CRCS.unpack_from(data, offset + _HEAD.size)[0] != crc32(head):
+        return None
+    return int(length)
+
+
+def _next_header(data: bytes, offset: int) -> int:
+    """Return the offset of the next valid header, or the size of the data."""
+    while (offset := data.find(MAGIC, offset)) >= 0:
+        if _body_length(data, offset) is not None:
+            return offset
+        offset += 1
+    return len(data)
+
+
+def _frame(data: bytes, start: int, end: int) -> Frame | Damage:
+    _magic, _version, kind, sequence, _length = _HEAD.unpack_from(data, start)
+    body = start + HEADER_SIZE
+    if _CRCS.unpack_from(data, start + _HEAD.size)[1] != crc32(data[body:end]):
+        return Damage("CRC mismatch", data[start:end])
+    (metadata_length,) = _LENGTH.unpack_from(data, body)
+    payload = body + _LENGTH.size + metadata_length
+    return Frame(Kind(kind), sequence, data[body + _LENGTH.size : payload], data[payload:end])

@@ -1,0 +1,128 @@
+"""The schema: Alembic's migrations, the privileges on what they make, and whether both are in force."""
+
+from pathlib import Path
+
+import psycopg2
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, Engine, text
+from sqlalchemy.exc import DBAPIError
+
+from litellm_sqlalchemy.database import connected
+from litellm_sqlalchemy.errors import SchemaError
+from litellm_sqlalchemy.settings import RoleSettings, Settings
+
+#: Privileges on the tables by the name of the role's setting; nobody has any other. The writer cannot read a body
+#: back, change or delete it.
+PRIVILEGES: dict[str, dict[str, tuple[str, ...]]] = {
+    "writer": {"requests": ("INSERT",), "responses": ("INSERT",), "alembic_version": ("SELECT",)},
+    "reader": {"requests": ("SELECT",), "responses": ("SELECT",), "alembic_version": ("SELECT",)},
+    "maintainer": {
+        "requests": ("SELECT", "DELETE", "MAINTAIN"),
+        "responses": ("SELECT", "DELETE", "MAINTAIN"),
+        "alembic_version": ("SELECT",),
+    },
+    "monitor": {"alembic_version": ("SELECT",)},
+}
+
+
+def config(connection: Connection | None = None) -> Config:
+    """Return Alembic's configuration of the packaged migrations."""
+    result = Config()
+    result.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    result.attributes["connection"] = connection
+    return result
+
+
+def head() -> str:
+    """Return the revision that this version of the package needs."""
+    revision = ScriptDirectory.from_config(config()).get_current_head()
+    assert revision is not None
+    return revision
+
+
+def current(connection: Connection) -> str | None:
+    """Return the revision that the database is at, None before the first."""
+    return MigrationContext.configure(connection).get_current_revision()
+
+
+def schema_problem(engine: Engine) -> str:
+    """Return why the tables do not fit this version of the package, an empty text when they do or cannot be asked."""
+    try:
+        with engine.connect() as connection:
+            return problem_of(current(connection))
+    except (DBAPIError, psycopg2.Error):
+        return ""
+
+
+def problem_of(revision: str | None) -> str:
+    """Return what is wrong with a revision of the database, an empty text when it is the one needed."""
+    if revision == head():
+        return ""
+    known = {script.revision for script in ScriptDirectory.from_config(config()).walk_revisions()}
+    if revision is None or revision in known:
+        seen = f"at revision {revision}" if revision else "empty"
+        return f"schema is {seen}, this version needs {head()}: run `litellm-sqlalchemy migrate`"
+    return f"schema is at revision {revision}, which this version does not know: install a newer litellm-sqlalchemy"
+
+
+def migrate(settings: Settings, *, check: bool = False) -> tuple[bool, str]:
+    """Bring tables and privileges up to date as the owner; return whether anything changed and one line about it.
+
+    `check` changes nothing. Raises DatabaseError, and SchemaError when the schema is newer than this version.
+    """
+    with connected(settings.database, "migrator", "migrate") as connection:
+        roles = settings.database.roles
+        connection.execute(text("SELECT pg_advisory_lock(hashtext('litellm-sqlalchemy migrate'))"))
+        if roles.owner:
+            connection.execute(text(f"SET ROLE {_quoted(connection, roles.owner)}"))
+        before = current(connection)
+        problem = problem_of(before)
+        if problem and "newer" in problem:
+            raise SchemaError(problem)
+        if not problem and not missing_privileges(connection, roles):
+            return False, f"schema is at head {head()}: nothing to do"
+        if check:
+            return True, problem or "privileges on the tables are missing: run `litellm-sqlalchemy migrate`"
+        if problem:
+            command.upgrade(config(connection), "head")
+        _grant(connection, roles)
+        connection.commit()
+    return True, f"schema went from {before or 'empty'} to {head()}, privileges granted"
+
+
+def missing_privileges(connection: Connection, roles: RoleSettings) -> list[str]:
+    """Return the differences between the privileges on the tables and `PRIVILEGES`: `+` too many, `-` missing."""
+    rows = connection.execute(
+        text(
+            "SELECT c.relname, g.rolname, a.privilege_type FROM pg_class c, aclexplode(c.relacl) a "
+            "LEFT JOIN pg_roles g ON g.oid = a.grantee "
+            "WHERE c.relnamespace = current_schema()::regnamespace AND c.relkind IN ('r', 'p', 'v') "
+            "AND a.grantee <> c.relowner"
+        )
+    )
+    found = {(str(table), str(role or "PUBLIC"), str(privilege)) for table, role, privilege in rows}
+    wanted = {
+        (table, role, privilege)
+        for name, tables in PRIVILEGES.items()
+        if (role := getattr(roles, name))
+        for table, privileges in tables.items()
+        for privilege in privileges
+    }
+    managed = {table for tables in PRIVILEGES.values() for table in tables}
+    extra = {entry for entry in found - wanted if entry[0] in managed}
+    return sorted([f"-{' '.join(entry)}" for entry in wanted - found] + [f"+{' '.join(entry)}" for entry in extra])
+
+
+def _grant(connection: Connection, roles: RoleSettings) -> None:
+    for entry in missing_privileges(connection, roles):
+        table, role, privilege = entry[1:].split(" ")
+        verb, word = ("GRANT", "TO") if entry[0] == "-" else ("REVOKE", "FROM")
+        grantee = "PUBLIC" if role == "PUBLIC" else _quoted(connection, role)
+        connection.execute(text(f"{verb} {privilege} ON {table} {word} {grantee}"))
+
+
+def _quoted(connection: Connection, name: str) -> str:
+    return str(connection.dialect.identifier_preparer.quote(name))

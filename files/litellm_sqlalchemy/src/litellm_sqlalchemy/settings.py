@@ -1,0 +1,190 @@
+"""Settings: one YAML file for the callback, the writer and the command.
+
+Every key has a default but `database.host`. A key that does not exist, a value of the wrong type and a missing file
+are errors that name the file and the key. No secret is ever a setting: credentials are files of their own.
+"""
+
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from litellm_sqlalchemy.errors import SettingsError
+
+#: Environment variable that names the settings file, and the file when it is unset.
+SETTINGS_VARIABLE = "LITELLM_SQLALCHEMY_SETTINGS"
+DEFAULT_SETTINGS_FILE = Path("/etc/litellm-sqlalchemy/settings.yml")
+
+Positive = Annotated[float, Field(gt=0)]
+Size = Annotated[int, Field(gt=0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+class GatewaySettings(_Section):
+    """What the callback calls the gateway process it runs in."""
+
+    name: str = Field(default_factory=socket.gethostname)
+
+
+class RoleSettings(_Section):
+    """Group roles that `migrate` grants privileges to; null grants nothing to it."""
+
+    owner: str | None = "litellm_owner"
+    writer: str | None = "litellm_writer"
+    reader: str | None = "litellm_reader"
+    maintainer: str | None = "litellm_maintainer"
+    monitor: str | None = "litellm_monitor"
+
+
+class DatabaseSettings(_Section):
+    """Where the tables are, and the pool of connections to them (SQLAlchemy's names)."""
+
+    host: str
+    port: Annotated[int, Field(ge=1, le=65535)] = 5432
+    name: str = "litellm"
+    sslmode: Literal["disable", "require", "verify-ca", "verify-full"] = "verify-full"
+    sslrootcert: Path | None = Path("/etc/litellm-sqlalchemy/ca.crt")
+    channel_binding: Literal["disable", "prefer", "require"] = "require"
+    connect_timeout: Annotated[int, Field(ge=2)] = 30
+    pool_size: Size = 5
+    max_overflow: Annotated[int, Field(ge=0)] = 5
+    pool_recycle: Size = 1800
+    pool_pre_ping: bool = True
+    credentials_directory: Path = Path("/etc/litellm-sqlalchemy/credentials")
+    roles: RoleSettings = RoleSettings()
+
+
+class SpoolSettings(_Section):
+    """The files between callback and writer."""
+
+    directory: Path = Path("/var/spool/litellm-sqlalchemy")
+    fsync: Literal["always", "interval", "never"] = "interval"
+    fsync_interval: Positive = 0.01
+    segment_size: Annotated[int, Field(ge=4096)] = 8 * 1024 * 1024
+    max_size: Size | None = None
+    when_full: Literal["drop", "refuse"] = "drop"
+
+
+class WriterSettings(_Section):
+    """The process that drains the spool."""
+
+    batch_size: Annotated[int, Field(ge=1, le=100_000)] = 1000
+    batch_delay: Positive = 0.2
+    statement_timeout: Positive = 60
+    retry_delay_max: Positive = 5
+    listen: str | None = "127.0.0.1:9465"
+
+
+class ContentSettings(_Section):
+    """What is kept of a call."""
+
+    mode: Literal["full", "redacted", "metadata"] = "full"
+    max_payload_size: Annotated[int, Field(ge=0, le=200_000_000)] = 1024 * 1024
+    client_address: bool = True
+    user_agent: bool = True
+    rejected_rate: Positive = 10
+    event_timeout: Positive = 60
+
+
+class LoggingSettings(_Section):
+    """Log lines of writer and command, on standard error."""
+
+    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    format: Literal["text", "json"] = "text"
+
+
+class ValidationSettings(_Section):
+    """The test request of `validate`."""
+
+    gateway_urls: list[str] = []
+    gateway_key_file: Path | None = None
+    model: str | None = None
+
+
+class Settings(_Section):
+    """The whole settings file."""
+
+    gateway: GatewaySettings = Field(default_factory=GatewaySettings)
+    database: DatabaseSettings
+    spool: SpoolSettings = SpoolSettings()
+    writer: WriterSettings = WriterSettings()
+    content: ContentSettings = ContentSettings()
+    logging: LoggingSettings = LoggingSettings()
+    validation: ValidationSettings = ValidationSettings()
+
+
+class Credential(_Section):
+    """A database login: `{"user": ..., "password": ...}` in a file of its own."""
+
+    user: str
+    password: str = Field(repr=False)
+
+
+def settings_file() -> Path:
+    """Return the settings file that the environment names, or the default one."""
+    return Path(os.environ.get(SETTINGS_VARIABLE) or DEFAULT_SETTINGS_FILE)
+
+
+def load_settings(file: Path | None = None) -> Settings:
+    """Read and check the settings file.
+
+    Raises SettingsError with one line that names the file, the key and the value seen.
+    """
+    file = file or settings_file()
+    try:
+        content = yaml.safe_load(file.read_text())
+    except FileNotFoundError:
+        raise SettingsError(
+            f"settings file {file} does not exist: write it, or name another with --settings or {SETTINGS_VARIABLE}"
+        ) from None
+    except OSError as error:
+        raise SettingsError(f"settings file {file} cannot be read: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        where = str(error).replace("\n", " ")
+        raise SettingsError(f"settings file {file} is not YAML: {where}") from None
+    if not isinstance(content, dict):
+        raise SettingsError(f"settings file {file} must hold a mapping with the key `database`, not {content!r:.60}")
+    try:
+        return Settings.model_validate(content)
+    except ValidationError as error:
+        raise SettingsError(f"settings file {file}: {_first_problem(error)}") from None
+
+
+def load_credential(settings: DatabaseSettings, name: str) -> Credential:
+    """Read the login `name` from systemd's credentials directory, or from `database.credentials_directory`.
+
+    Read again at every new connection: the file is the truth, so that a rotated password needs no restart.
+    Raises SettingsError that names the file, never its content.
+    """
+    candidates = [settings.credentials_directory / f"{name}.json"]
+    if directory := os.environ.get("CREDENTIALS_DIRECTORY"):
+        candidates.insert(0, Path(directory) / f"{name}.json")
+    file = next((candidate for candidate in candidates if candidate.exists()), candidates[-1])
+    try:
+        return Credential.model_validate(json.loads(file.read_bytes()))
+    except OSError as error:
+        raise SettingsError(f"credential file {file} cannot be read: {error.strerror}") from None
+    except ValueError:  # no details: they would quote the content
+        raise SettingsError(f'credential file {file} must hold {{"user": "...", "password": "..."}}') from None
+
+
+def as_mapping(settings: Settings) -> dict[str, Any]:
+    """Return the settings in force as plain values; there is no secret among them."""
+    return settings.model_dump(mode="json")
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key `{key}`"
+    if problem["type"] == "missing":
+        return f"the key `{key}` is missing"
+    return f"`{key}` is {problem['input']!r:.80}: {problem['msg']}"
