@@ -1,0 +1,85 @@
+"""Connection of the postgres superuser over the local socket, shared by this role's modules."""
+
+from __future__ import annotations
+
+import os
+import pwd
+
+try:
+    import psycopg2
+except ImportError:
+    psycopg2 = None
+
+SOCKET_DIRECTORY = "/var/run/postgresql"
+
+# Statements of these sessions can carry SCRAM verifiers: nothing of them may reach a log or a statistics view.
+SILENT = " ".join(
+    f"-c {setting}"
+    for setting in (
+        "log_statement=none",
+        "log_min_duration_statement=-1",
+        "log_min_duration_sample=-1",
+        "log_transaction_sample_rate=0",
+        "log_min_error_statement=panic",
+        "log_duration=off",
+        "debug_print_parse=off",
+        "debug_print_rewritten=off",
+        "debug_print_plan=off",
+        "pgaudit.log=none",
+        "pg_stat_statements.track=none",
+        "pg_stat_statements.track_utility=off",
+        "search_path=pg_catalog",
+        "statement_timeout=60s",
+        "lock_timeout=30s",
+    )
+)
+
+
+class Unreachable(Exception):
+    """The server cannot be reached over its socket; str() says why."""
+
+
+def become_postgres() -> None:
+    """Give up root for the rest of the module: peer authentication looks at the effective user."""
+    postgres = pwd.getpwnam("postgres")
+    if os.geteuid() != postgres.pw_uid:
+        os.setegid(postgres.pw_gid)
+        os.seteuid(postgres.pw_uid)
+
+
+def connect(port: int, database: str = "postgres"):
+    """Return an autocommit connection of the superuser, or raise Unreachable."""
+    if psycopg2 is None:
+        raise Unreachable("python3-psycopg2 is not installed")
+    try:
+        become_postgres()
+    except KeyError:
+        raise Unreachable("there is no user postgres") from None
+    except PermissionError:
+        raise Unreachable("only root or postgres can do this: run the play with become") from None
+    try:
+        connection = psycopg2.connect(
+            host=SOCKET_DIRECTORY,
+            port=port,
+            user="postgres",
+            dbname=database,
+            options=SILENT,
+            application_name="ansible",
+            connect_timeout=10,
+        )
+    except psycopg2.OperationalError as error:
+        raise Unreachable(str(error).strip()) from None
+    connection.autocommit = True
+    return connection
+
+
+def rows(connection, statement: str, *parameters) -> list[tuple]:
+    """Run a query and return all its rows."""
+    with connection.cursor() as cursor:
+        cursor.execute(statement, parameters or None)
+        return cursor.fetchall()
+
+
+def describe(error) -> str:
+    """Say what the server answered, without the statement: that could hold a verifier."""
+    return f"{error.diag.message_primary or type(error).__name__} (SQLSTATE {error.pgcode})"
