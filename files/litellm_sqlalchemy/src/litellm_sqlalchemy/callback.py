@@ -71,13 +71,17 @@ class RequestLogger(CustomLogger):
         await self.recorder.producer.synced()
 
     @_guarded
-    async def async_log_success_event(self, kwargs: dict[str, Any], response_obj: Any, start: Any, end: Any) -> None:
+    async def async_log_success_event(
+        self, kwargs: dict[str, Any], response_obj: Any, start_time: Any, end_time: Any
+    ) -> None:
         """LiteLLM has an answer, whole."""
         self._take_event(kwargs)
         await self.recorder.producer.synced()
 
     @_guarded
-    async def async_log_failure_event(self, kwargs: dict[str, Any], response_obj: Any, start: Any, end: Any) -> None:
+    async def async_log_failure_event(
+        self, kwargs: dict[str, Any], response_obj: Any, start_time: Any, end_time: Any
+    ) -> None:
         """An attempt, or the call before any attempt, has failed; awaited inside the request."""
         self._take_event(kwargs)
 

@@ -74,10 +74,9 @@ class Consumer:
 
     def __init__(self, directory: Path) -> None:
         """Take the writer's lock. Raises SpoolError, LockedError."""
-        self.directory = open_directory(directory)
+        self.directory = open_directory(directory, create=True)
         self._lock = Lock(directory / "writer.lock")
         self._state = directory / "state.json"
-        (directory / "dead").mkdir(exist_ok=True)
         self.totals, self._cursors = read_state(directory)
 
     def close(self) -> None:

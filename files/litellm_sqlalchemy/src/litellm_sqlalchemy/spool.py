@@ -39,8 +39,11 @@ _RETRY_INTERVAL = 1.0
 _COUNTERS_INTERVAL = 5.0
 
 
-def open_directory(directory: Path) -> Path:
-    """Check that the spool directory can be used and is of this version; return it. Raises SpoolError."""
+def open_directory(directory: Path, *, create: bool = False) -> Path:
+    """Check that the spool directory can be used and is of this version; return it. Raises SpoolError.
+
+    `create` makes what belongs in an empty one; readers leave that to those that write to it, who own it then.
+    """
     if not directory.is_dir():
         raise SpoolError(f"spool directory {directory} does not exist: create it, or set `spool.directory`")
     if not os.access(directory, os.R_OK | os.W_OK | os.X_OK):
@@ -49,18 +52,24 @@ def open_directory(directory: Path) -> Path:
     try:
         found = marker.read_text().strip()
     except FileNotFoundError:
-        try:
-            replace_file(marker, FORMAT.encode())
-        except OSError as error:
-            raise SpoolError(f"spool directory {directory} cannot be written: {error.strerror}") from None
         found = FORMAT
+        if create:
+            _initialise(directory)
     if found != FORMAT:
         raise SpoolError(
             f"spool directory {directory} has format {found!r:.20}, this version reads {FORMAT!r}: "
             "drain it with the version that wrote it, or set another `spool.directory`"
         )
-    (directory / "producers").mkdir(exist_ok=True)
     return directory
+
+
+def _initialise(directory: Path) -> None:
+    try:
+        for name in ("producers", "dead"):
+            (directory / name).mkdir(exist_ok=True)
+        replace_file(directory / "format", FORMAT.encode())
+    except OSError as error:
+        raise SpoolError(f"spool directory {directory} cannot be written: {error.strerror}") from None
 
 
 def replace_file(file: Path, content: bytes) -> None:
@@ -107,14 +116,14 @@ class Lock:
 
 
 class _Segment:
-    """The file that a producer appends to."""
+    """A file that a producer appends to."""
 
     def __init__(self, file: Path) -> None:
+        self.folder = file.parent
         self.descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o660)
         self.size = 0
-        self.users = 1  # the producer, and the sync thread while it uses the descriptor
-        self.failed = False
-        sync_directory(file.parent)
+        self.unsynced: list[bytes] = []
+        self.named = False  # whether the file's name is durable
 
     def append(self, data: bytes) -> None:
         """Write all of `data` or, as far as the disk allows, nothing of it. Raises OSError."""
@@ -123,46 +132,62 @@ class _Segment:
             os.ftruncate(self.descriptor, self.size)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self.size += written
+        self.unsynced.append(data)
+
+    def sync(self) -> None:
+        """Make what was appended durable. Raises OSError, after which the descriptor must not be synced again."""
+        os.fdatasync(self.descriptor)
+        if not self.named:
+            sync_directory(self.folder)
+            self.named = True
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self.descriptor)
 
 
 class Producer:
     """Appends the frames of one gateway process to its own segments; used by one thread.
 
-    No method raises because of the disk: what cannot be written is counted in `dropped`. With `when_full: refuse`,
-    `check_space` tells the caller to refuse the call before it is accepted.
+    `append` writes and returns; a thread makes durable what was written, every `fsync_interval` or, with `always`, as
+    soon as there is something: whoever awaits `synced` waits for that. No method raises because of the disk: what
+    cannot be written is counted in `dropped`. With `when_full: refuse`, `check_space` tells the caller to refuse a
+    call before it is accepted.
     """
 
     def __init__(self, settings: SpoolSettings) -> None:
+        """Take the policy; the directory is opened by the first frame."""
         self._settings = settings
-        self._directory: Path | None = None
+        self._folder: Path | None = None
         self._lock: Lock | None = None
-        self._segment: _Segment | None = None
         self._number = 0
         self._retry_at = 0.0
+        self._measured_at = 0.0
         self._spool_size = 0
-        self._counters_at = 0.0
-        self._unsynced: list[bytes] = []
+        self._segment: _Segment | None = None
+        self._sealed: list[_Segment] = []
+        self._rewrite: list[bytes] = []  # what a failed fsync may have lost
         self._waiting: list[tuple[AbstractEventLoop, Future[None]]] = []
-        self._guard = threading.Lock()  # for _unsynced, _waiting and the segment between the caller and the sync thread
+        self._guard = threading.Lock()  # for the four above
         self._dirty = threading.Event()
         self._closed = False
         self.received = 0
         self.dropped = 0
         self.last_error = ""
-        if settings.fsync != "never":
-            threading.Thread(target=self._sync_loop, name="litellm-sqlalchemy-sync", daemon=True).start()
+        self._thread = threading.Thread(target=self._sync_loop, name="litellm-sqlalchemy-sync", daemon=True)
+        self._thread.start()
 
     def append(self, kind: Kind, metadata: bytes, payload: bytes = b"") -> bool:
         """Append one frame; return whether it stands in the spool."""
         self.received += 1
         data = frames.encode(Frame(kind, self.received, metadata, payload))
         try:
-            self._append(data)
+            with self._guard:
+                self._append(data)
         except (OSError, SpoolError) as error:
             self._drop(error)
             return False
-        if self._settings.fsync != "never":
-            self._dirty.set()
+        self._dirty.set()
         return True
 
     def skip(self) -> None:
@@ -172,7 +197,7 @@ class Producer:
 
     async def synced(self) -> None:
         """With `fsync: always`, wait until all that was appended is on disk; otherwise return at once."""
-        if self._settings.fsync != "always" or not self._unsynced:
+        if self._settings.fsync != "always":
             return
         loop = get_running_loop()
         future: Future[None] = loop.create_future()
@@ -182,23 +207,23 @@ class Producer:
         await future
 
     def check_space(self) -> None:
-        """Raise SpoolFull or SpoolError where the policy is to refuse calls that cannot be logged."""
+        """Raise SpoolError where the policy is to refuse calls that cannot be logged, and they cannot be."""
         if self._settings.when_full != "refuse":
             return
         try:
-            self._open_segment(0)
+            with self._guard:
+                self._open_segment(0)
         except OSError as error:
             raise SpoolError(f"spool directory {self._settings.directory}: {error.strerror}") from None
 
     def close(self) -> None:
         """Make all durable and let go of the lock."""
         self._closed = True
-        with self._guard:
-            if self._segment is not None:
-                os.fsync(self._segment.descriptor)
-                os.close(self._segment.descriptor)
-                self._segment = None
-        self._write_counters()
+        self._dirty.set()
+        self._thread.join()
+        if self._segment is not None:
+            self._segment.close()
+            self._segment = None
         if self._lock is not None:
             self._lock.release()
             self._lock = None
@@ -206,69 +231,60 @@ class Producer:
     def _append(self, data: bytes) -> None:
         segment = self._open_segment(len(data))
         try:
-            with self._guard:
-                segment.append(data)
-                if self._settings.fsync != "never":
-                    self._unsynced.append(data)
+            segment.append(data)
         except OSError:
             self._seal(segment)
             raise
         self._spool_size += len(data)
 
     def _open_segment(self, size: int) -> _Segment:
-        """Return the segment to append `size` bytes to, a new one where the present one is full or failed."""
+        """Return the segment to append `size` bytes to, a new one where there is none or it is full."""
         now = time.monotonic()
         if self._segment is None and now < self._retry_at:
             raise SpoolError(self.last_error)
-        if now >= self._counters_at:
-            self._counters_at = now + _COUNTERS_INTERVAL
-            self._write_counters()
-        cap = self._settings.max_size
-        if cap is not None and self._spool_size + size > cap:
-            self._spool_size = self._measure()
-            if self._spool_size + size > cap:
-                raise SpoolFull(f"spool has reached `spool.max_size` of {cap} bytes")
-        segment = self._segment
-        if segment is not None and (segment.failed or segment.size >= self._settings.segment_size):
-            self._seal(segment)
-            segment = None
-        if segment is None:
+        self._check_cap(size, now)
+        if self._segment is not None and self._segment.size >= self._settings.segment_size:
+            self._seal(self._segment)
+        if self._segment is None:
             self._retry_at = now + _RETRY_INTERVAL
-            segment = self._segment = self._next_segment()
+            self._segment = self._next_segment()
             self._retry_at = 0.0
-        return segment
+        return self._segment
+
+    def _check_cap(self, size: int, now: float) -> None:
+        cap = self._settings.max_size
+        if cap is None or self._spool_size + size <= cap:
+            return
+        if now >= self._measured_at + _RETRY_INTERVAL:  # the writer may have removed segments
+            self._measured_at = now
+            self._spool_size = sum(size for _file, size in segment_sizes(self._settings.directory))
+        if self._spool_size + size > cap:
+            raise SpoolFull(f"the spool has reached `spool.max_size` of {cap} bytes")
 
     def _next_segment(self) -> _Segment:
-        if self._directory is None:
-            directory = open_directory(self._settings.directory) / "producers" / str(uuid7())
-            temporary = directory.with_name(f".{directory.name}")  # unseen by the writer until its lock is held
-            temporary.mkdir()
-            self._lock = Lock(temporary / "lock")
-            temporary.rename(directory)
-            sync_directory(directory.parent)
-            self._directory = directory
+        if self._folder is None:
+            folder = open_directory(self._settings.directory, create=True) / "producers" / str(uuid7())
+            hidden = folder.with_name(f".{folder.name}")  # the writer looks at it when its lock is held
+            hidden.mkdir()
+            self._lock = Lock(hidden / "lock")
+            hidden.rename(folder)
+            sync_directory(folder.parent)
+            self._folder = folder
         self._number += 1
-        segment = _Segment(self._directory / f"{self._number:010}.seg")
-        with self._guard:
-            unsynced = b"".join(self._unsynced)  # after a failed fsync: what may not have reached the disk, again
-        if unsynced:
-            segment.append(unsynced)
+        segment = _Segment(self._folder / f"{self._number:010}.seg")
+        try:
+            for data in self._rewrite:
+                segment.append(data)
+        except OSError:
+            self._sealed.append(segment)
+            raise
+        self._rewrite.clear()
         return segment
 
     def _seal(self, segment: _Segment) -> None:
-        """Stop appending to a segment; the sync thread still makes durable what it has."""
-        with self._guard:
-            if not segment.failed and self._settings.fsync != "never":
-                try:
-                    os.fdatasync(segment.descriptor)
-                except OSError as error:
-                    self.last_error = f"fsync: {error.strerror}"
-                else:
-                    self._synced()
-            self._segment = None
-            segment.users -= 1
-            if not segment.users:
-                os.close(segment.descriptor)
+        """Append no more to a segment; the sync thread makes it durable and closes it."""
+        self._segment = None
+        self._sealed.append(segment)
 
     def _drop(self, error: OSError | SpoolError) -> None:
         self.dropped += 1
@@ -277,63 +293,74 @@ class Producer:
             _log.error("request log: %s; events are dropped and counted until it is mended", message)
         self.last_error = message
 
-    def _measure(self) -> int:
-        return sum(size for _file, size in segment_sizes(self._settings.directory))
+    def _sync_loop(self) -> None:
+        counters_at = 0.0
+        while not self._closed:
+            self._dirty.wait(_COUNTERS_INTERVAL)
+            self._dirty.clear()
+            self._sync_all()
+            if time.monotonic() >= counters_at:
+                self._write_counters()
+                counters_at = time.monotonic() + _COUNTERS_INTERVAL
+            if self._settings.fsync == "interval" and not self._closed:
+                time.sleep(self._settings.fsync_interval)
+        self._sync_all()
+
+    def _sync_all(self) -> None:
+        """Sync the segments, oldest first; close those that are sealed."""
+        with self._guard:
+            segments = [*self._sealed, *([self._segment] if self._segment else [])]
+            counts = [len(segment.unsynced) for segment in segments]
+            waiting, self._waiting = self._waiting, []
+        for segment, count in zip(segments, counts, strict=True):
+            try:
+                if self._settings.fsync != "never":
+                    segment.sync()
+            except OSError as error:
+                self._replace(segment, error)
+            else:
+                with self._guard:
+                    del segment.unsynced[:count]
+                    if segment is not self._segment and not segment.unsynced:
+                        self._sealed.remove(segment)
+                        segment.close()
+        with self._guard:
+            if self._rewrite:  # not durable yet: the next round syncs the segment that holds it
+                self._waiting = waiting + self._waiting
+                self._dirty.set()
+                return
+        for loop, future in waiting:
+            loop.call_soon_threadsafe(_set_result, future)
+
+    def _replace(self, segment: _Segment, error: OSError) -> None:
+        """Write again, to a new segment, what a failed fsync may have lost.
+
+        A second fsync on the same descriptor could succeed without having written anything (fsync(2), NOTES).
+        """
+        _log.error("request log: fsync failed (%s); going on in a new segment", error.strerror)
+        with self._guard:
+            self.last_error = f"fsync: {error.strerror}"
+            self._rewrite += segment.unsynced
+            if segment is self._segment:
+                self._segment = None
+            else:
+                self._sealed.remove(segment)
+            segment.close()
+            try:
+                self._segment = self._segment or self._next_segment()
+            except OSError as second:
+                self.last_error = f"{second.strerror}"
 
     def _write_counters(self) -> None:
-        if self._directory is None:
+        if self._folder is None:
             return
         content = {"received": self.received, "dropped": self.dropped, "last_error": self.last_error}
         try:
-            temporary = self._directory / ".counters"
+            temporary = self._folder / ".counters"
             temporary.write_text(json.dumps(content))
-            temporary.replace(self._directory / "counters.json")
-        except OSError as error:  # counters are for the metrics only: the disk's own error shows at the next append
+            temporary.replace(self._folder / "counters.json")
+        except OSError as error:  # they are for the metrics only; the disk's error shows at the next frame, too
             self.last_error = f"{error.strerror}"
-
-    def _sync_loop(self) -> None:
-        while not self._closed:
-            self._dirty.wait()
-            self._dirty.clear()
-            self._sync_once()
-            if self._settings.fsync == "interval":
-                time.sleep(self._settings.fsync_interval)
-
-    def _sync_once(self) -> None:
-        with self._guard:
-            segment = self._segment
-            if segment is None or segment.failed:
-                self._resolve(self._waiting)
-                self._waiting = []
-                return
-            segment.users += 1
-            count = len(self._unsynced)
-            waiting, self._waiting = self._waiting, []
-        failed = False
-        try:
-            os.fdatasync(segment.descriptor)
-        except OSError as error:  # a second fsync on this descriptor would lie: seal it, write the rest again
-            failed = True
-            self.last_error = f"fsync: {error.strerror}"
-            _log.error("request log: fsync failed (%s); going on in a new segment", error.strerror)
-        with self._guard:
-            segment.failed |= failed
-            if not failed and segment is self._segment:
-                del self._unsynced[:count]
-            segment.users -= 1
-            if not segment.users:
-                os.close(segment.descriptor)
-            self._resolve(waiting)
-
-    def _synced(self) -> None:
-        self._unsynced.clear()
-        self._resolve(self._waiting)
-        self._waiting = []
-
-    @staticmethod
-    def _resolve(waiting: list[tuple[AbstractEventLoop, Future[None]]]) -> None:
-        for loop, future in waiting:
-            loop.call_soon_threadsafe(_set_result, future)
 
 
 def _set_result(future: Future[None]) -> None:

@@ -263,8 +263,10 @@ class Validation:
         return f"{directory} is writable, {free.f_bavail * free.f_frsize // 2**20:,} MiB free"
 
     def _writer_running(self) -> str:
+        file = self._settings.spool.directory / "writer.lock"
         try:
-            Lock(self._settings.spool.directory / "writer.lock").release()
+            if file.exists():
+                Lock(file).release()
         except LockedError:
             return "the writer holds its lock"
         raise CheckFailed("no writer is running", "systemctl start litellm-log-writer")
