@@ -1,0 +1,178 @@
+"""What the checks need, read from Ansible's variables and from the controller's files.
+
+The one module here that knows Ansible's insides; the checks themselves see `model.Run`.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import yaml
+from ansible.errors import AnsibleError
+from ansible.parsing.vault import is_encrypted
+from ansible.release import __version__ as ansible_core
+from ansible.utils.collection_loader import AnsibleCollectionConfig
+
+from .model import Host, Run
+from .services import CERTIFICATE_VARIABLES
+
+try:  # private to ansible-core: where a value was written; without it the report merely names no file
+    from ansible._internal._datatag._tags import Origin
+except ImportError:
+    Origin = None
+
+CONNECTION_VARIABLES = ("ansible_ssh_common_args", "ansible_ssh_extra_args", "ansible_ssh_args")
+NOT_INVENTORY = ("preflight_looked", "hostvars", "vars", "groups", "omit", "environment")
+
+
+def plain(value: Any) -> Any:
+    """Return the value as ordinary dicts, lists and scalars (this is what evaluates nested templates)."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(value[key]) for key in value}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    for kind in (bool, int, float, str):
+        if isinstance(value, kind):
+            return kind(value)
+    return value
+
+
+def origin(value: Any) -> str:
+    """Return file:line where a value was written, '' where that is not known."""
+    tag = Origin.get_tag(value) if Origin else None
+    if not tag or not tag.path:
+        return ""
+    return os.path.relpath(tag.path) + (f":{tag.line_num}" if tag.line_num else "")
+
+
+def read_yaml(path: str) -> Any:
+    """Return a YAML file's content, {} where there is none."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return yaml.safe_load(file) or {}
+    except FileNotFoundError:
+        return {}
+
+
+def role_specs(directory: str) -> tuple[dict[str, dict], dict[str, dict]]:
+    """Return the options and the defaults of all roles of a directory."""
+    specs: dict[str, dict] = {}
+    defaults: dict[str, dict] = {}
+    for path in sorted(glob.glob(os.path.join(directory, "*", "meta", "argument_specs.yml"))):
+        role = path.split(os.sep)[-3]
+        entries = read_yaml(path).get("argument_specs", {})
+        specs[role] = {name: spec for entry in entries.values() for name, spec in (entry.get("options") or {}).items()}
+        defaults[role] = read_yaml(os.path.join(directory, role, "defaults", "main.yml"))
+    return specs, defaults
+
+
+def playbook_variables(directory: str) -> tuple[set[str], dict[str, str]]:
+    """Return the variables that playbooks hand to roles, and those where the inventory has no say -> the playbook."""
+    handed: set[str] = set()
+    overridden: dict[str, str] = {}
+    for path in sorted(glob.glob(os.path.join(directory, "*.yml"))):
+        plays = read_yaml(path)
+        for play in plays if isinstance(plays, list) else []:
+            blocks = [play, *[role for role in play.get("roles") or [] if isinstance(role, dict)]]
+            for name, value in [item for block in blocks for item in (block.get("vars") or {}).items()]:
+                handed.add(name)
+                if f".{name}" not in str(value):  # else the playbook starts from the inventory's value
+                    overridden.setdefault(name, "playbooks/" + os.path.basename(path))
+    return handed, overridden
+
+
+def playbook_words(directory: str) -> set[str]:
+    """Return every identifier in the playbooks: a variable that only a playbook reads is not an unknown one."""
+    found: set[str] = set()
+    for path in glob.glob(os.path.join(directory, "*.yml")):
+        with open(path, encoding="utf-8") as file:
+            found |= set(re.findall(r"[a-z_][a-z0-9_]+", file.read()))
+    return found
+
+
+def collections() -> dict[str, str]:
+    """Return the installed collections -> version."""
+    found: dict[str, str] = {}
+    for base in AnsibleCollectionConfig.collection_paths:
+        for path in glob.glob(os.path.join(base, "ansible_collections", "*", "*", "MANIFEST.json")):
+            information = read_yaml(path)["collection_info"]
+            found.setdefault(f"{information['namespace']}.{information['name']}", information["version"])
+    return found
+
+
+def clear_vaults(sources: Iterable[str]) -> list[str]:
+    """Return the vault.yml files of the inventories that are not encrypted."""
+    found = []
+    for source in sources:
+        base = source if os.path.isdir(source) else os.path.dirname(source)
+        for path in sorted(glob.glob(os.path.join(base, "*_vars", "**", "vault.y*ml"), recursive=True)):
+            with open(path, "rb") as file:
+                content = file.read()
+            if content.strip() and not is_encrypted(content) and b"!vault" not in content:
+                found.append(os.path.relpath(path))
+    return found
+
+
+def read_host(
+    name: str, raw: Mapping[str, Any], evaluate: Callable[[str], Any], role_hosts: Mapping[str, list[str]]
+) -> Host:
+    """Return a host with the variables that its inventory sets, each evaluated on its own."""
+    host = Host(name, [role for role, names in role_hosts.items() if name in names])
+    look = raw.get("preflight_looked") or {}
+    host.facts, host.error, host.skew = look.get("facts"), look.get("error", ""), look.get("skew", 0.0)
+    for variable, value in raw.items():
+        if variable in NOT_INVENTORY or (variable.startswith("ansible_") and variable not in CONNECTION_VARIABLES):
+            continue
+        where = origin(variable) or origin(value)
+        if where:
+            host.origins[variable] = where
+        try:
+            host.values[variable] = plain(evaluate(variable))
+        except AnsibleError as error:
+            host.unset[variable] = " ".join(str(error).split())
+    return host
+
+
+def read_run(hosts: list[Host], arguments: Mapping[str, Any]) -> Run:
+    """Return the hosts with the roles' specifications and what the playbook hands over."""
+    specs, defaults = role_specs(arguments["roles_directory"])
+    known = {name for options in specs.values() for name in options}
+    handed, overridden = playbook_variables(arguments["playbook_directory"])
+    return Run(
+        hosts=hosts,
+        specs=specs,
+        defaults=defaults,
+        handed=handed,
+        overridden={name: book for name, book in overridden.items() if name in known},
+        mentioned=playbook_words(arguments["playbook_directory"]),
+        secrets=plain(arguments.get("secrets") or {}),
+        role_hosts=plain(arguments["role_hosts"]),
+        minimum=plain(arguments.get("minimum") or {}),
+    )
+
+
+def read_controller(run: Run, roles_directory: str, sources: Iterable[str], loader: Any) -> None:
+    """Add what is on the controller: versions, the lock file, certificate files, vault files in clear."""
+    default = os.path.join(roles_directory, "litellm", "files", "requirements.txt")
+    locks = {host.name: str(run.value(host, "litellm_requirements_file") or default) for host in run.on("litellm")}
+    run.controller = {
+        "ansible_core": ansible_core,
+        "collections": collections(),
+        "lock_files": locks,
+        "clear_vaults": clear_vaults(sources),
+    }
+    wanted = {str(run.value(host, name) or "") for host in run.hosts for name in CERTIFICATE_VARIABLES}
+    run.files = {path: content(path, loader) for path in (wanted | set(locks.values())) - {""}}
+
+
+def content(path: str, loader: Any) -> bytes | None:
+    """Return a controller file's content, decrypted if it is a vault; None when it cannot be read."""
+    try:
+        text: str = loader.get_text_file_contents(os.path.expanduser(path))
+    except (AnsibleError, OSError, UnicodeError):
+        return None
+    return text.encode()
