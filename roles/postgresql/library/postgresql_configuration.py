@@ -203,9 +203,9 @@ class Cluster:
             }
             options = [item for name, value in overrides.items() for item in ("-c", f"{name}={value}")]
             options = ["-D", f"{aside}/data", "-c", f"config_file={conf}", *options]
-            query = f"COPY (SELECT coalesce(json_agg(r), '[]') FROM pg_hba_file_rules AS r) TO '{result}'\n"
+            query = f"COPY (SELECT row_to_json(r) FROM pg_hba_file_rules AS r) TO '{result}'\n"
             self.as_postgres([f"{self.bin}/postgres", "--single", *options, "postgres"], query, conf)
-            for rule in json.loads(read(result).replace("\\\\", "\\")):
+            for rule in map(json.loads, read(result).replace("\\\\", "\\").splitlines()):
                 if rule["error"]:
                     line = self.files[f"{self.etc}/pg_hba.conf"].splitlines()[rule["line_number"] - 1]
                     raise Refused(f"PostgreSQL refuses this entry of postgresql_hba_entries: «{line}»: {rule['error']}.")
@@ -296,7 +296,6 @@ def main() -> None:
     if not there:
         module.exit_json(**result)
     watched = [*cluster.files, *module.params["reload_after"]]
-    # Euid changes for the connection and stays so: nothing below writes a file.
     try:
         connection = connect(module.params["port"])
     except Unreachable as unreachable:

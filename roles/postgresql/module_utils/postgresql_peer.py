@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
 
@@ -39,12 +40,15 @@ class Unreachable(Exception):
     """The server cannot be reached over its socket; str() says why."""
 
 
-def become_postgres() -> None:
-    """Give up root for the rest of the module: peer authentication looks at the effective user."""
-    postgres = pwd.getpwnam("postgres")
-    if os.geteuid() != postgres.pw_uid:
-        os.setegid(postgres.pw_gid)
-        os.seteuid(postgres.pw_uid)
+@contextlib.contextmanager
+def effective_user(name: str):
+    """Be this user for a while: peer authentication looks at the effective user of the moment of connecting."""
+    before, user = os.geteuid(), pwd.getpwnam(name)
+    os.seteuid(user.pw_uid)
+    try:
+        yield
+    finally:
+        os.seteuid(before)
 
 
 def connect(port: int, database: str = "postgres"):
@@ -52,21 +56,20 @@ def connect(port: int, database: str = "postgres"):
     if psycopg2 is None:
         raise Unreachable("python3-psycopg2 is not installed")
     try:
-        become_postgres()
+        with effective_user("postgres"):
+            connection = psycopg2.connect(
+                host=SOCKET_DIRECTORY,
+                port=port,
+                user="postgres",
+                dbname=database,
+                options=SILENT,
+                application_name="ansible",
+                connect_timeout=10,
+            )
     except KeyError:
         raise Unreachable("there is no user postgres") from None
     except PermissionError:
-        raise Unreachable("only root or postgres can do this: run the play with become") from None
-    try:
-        connection = psycopg2.connect(
-            host=SOCKET_DIRECTORY,
-            port=port,
-            user="postgres",
-            dbname=database,
-            options=SILENT,
-            application_name="ansible",
-            connect_timeout=10,
-        )
+        raise Unreachable("only root can be postgres on its socket: run the play with become") from None
     except psycopg2.OperationalError as error:
         raise Unreachable(str(error).strip()) from None
     connection.autocommit = True
