@@ -1,0 +1,62 @@
+"""Run the package's validation on the host, print one line per check, fail with what failed."""
+
+from __future__ import annotations
+
+import json
+
+from ansible import constants as C
+from ansible.plugins.action import ActionBase
+from ansible.utils.display import Display
+
+DISPLAY = Display()
+CHECKS_RAN = (0, 1)  # every other exit code of the command says why it could not check
+
+
+def lines(report: dict, host: str) -> list[tuple[str, bool]]:
+    """Return (line, passed) of each check of a report."""
+    checks = report["checks"]
+    width = max((len(check["id"]) for check in checks), default=0)
+    return [
+        (
+            f"{'OK' if check['ok'] else 'FAILED':6} [{host}] {check['id']:{width}}  {check['seen']}"
+            + (f" Next: {check['remedy']}" if check.get("remedy") else ""),
+            bool(check["ok"]),
+        )
+        for check in checks
+    ]
+
+
+class ActionModule(ActionBase):
+    """Option: command, the path of litellm-sqlalchemy on the host."""
+
+    TRANSFERS_FILES = False
+    _supports_check_mode = True
+    _VALID_ARGS = frozenset(("command",))
+
+    def run(self, tmp: str | None = None, task_vars: dict | None = None) -> dict:
+        """Print the report; return `report`."""
+        result = super().run(tmp, task_vars)
+        result["changed"] = False
+        if self._task.check_mode:
+            result.update(skipped=True, skip_reason="validation sends a request through the gateway; check mode must not")
+            return result
+        host, command = (task_vars or {})["inventory_hostname"], str(self._task.args["command"])
+        module_arguments = {"argv": [command, "validate", "--json"]}
+        answer = self._execute_module("ansible.legacy.command", module_args=module_arguments, task_vars=task_vars)
+        if answer.get("rc") not in CHECKS_RAN or not answer.get("stdout"):
+            said = " ".join(str(answer.get("stderr") or answer.get("msg") or answer.get("module_stderr")).split())
+            result.update(
+                failed=True,
+                msg=f"{command} validate could not run (exit code {answer.get('rc')}): {said} "
+                "If it is missing, run playbooks/litellm.yml first.",
+            )
+            return result
+        report = json.loads(answer["stdout"])
+        for line, passed in lines(report, host):
+            DISPLAY.display(line, color=C.COLOR_OK if passed else C.COLOR_ERROR)
+        failed = [check["id"] for check in report["checks"] if not check["ok"]]
+        if failed:
+            result.update(failed=True, msg=f"Failed checks: {', '.join(failed)}. Each line above says what to do next.")
+        else:
+            result["report"] = report
+        return result
