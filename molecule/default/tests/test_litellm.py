@@ -1,0 +1,197 @@
+"""The gateway's and the writer's units: hardened, bound to one address, free of visible secrets, back after a kill."""
+
+import contextlib
+import json
+import time
+
+import pytest
+
+testinfra_hosts = ["litellm"]
+
+GATEWAYS = ("litellm@1.service", "litellm@2.service")
+WRITER = "litellm-log-writer.service"
+UNITS = (*GATEWAYS, WRITER)
+FIRST_PORT = 4000
+READY_WITHIN = 120  # seconds; a start takes about 15 on a quiet machine
+MAXIMAL_EXPOSURE = 1.2
+DATABASE_VARIABLES = ("DATABASE_URL", "DIRECT_URL", "DATABASE_HOST", "DATABASE_USERNAME", "DATABASE_NAME")
+
+
+@pytest.fixture(scope="module")
+def secrets(host):
+    """Return the values of all credential files of gateway and writer by file."""
+    files = host.check_output("find /etc/litellm/credentials /etc/litellm-sqlalchemy/credentials -type f").split()
+    values = {file: host.file(file).content_string for file in files}
+    assert len(values) >= 3
+    return {f: json.loads(v)["password"] if f.endswith(".json") else v for f, v in values.items()}
+
+
+def show(host, unit, name):
+    return host.check_output("systemctl show --property=%s --value %s", name, unit)
+
+
+def main_pid(host, unit):
+    return int(show(host, unit, "MainPID"))
+
+
+def is_active(host, unit):
+    return show(host, unit, "ActiveState") == "active"
+
+
+def wait_for(host, unit, condition, seconds=READY_WITHIN):
+    """Wait for a condition; on failure show the unit's journal."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return
+        time.sleep(1)
+    pytest.fail(f"{unit}:\n" + host.check_output("journalctl --unit=%s --lines=40 --no-pager --output=cat", unit))
+
+
+def listeners(host):
+    """Return {port: {address}} of the listening TCP sockets."""
+    result = {}
+    for line in host.check_output("ss --tcp --listening --numeric --no-header").splitlines():
+        address, _, port = line.split()[3].rpartition(":")
+        result.setdefault(int(port), set()).add(address.strip("[]"))
+    return result
+
+
+def bind_address(host):
+    return show(host, GATEWAYS[0], "ExecStart").split("/etc/litellm/config.yaml ")[1].split()[0]
+
+
+@contextlib.contextmanager
+def unchanged_main_pids(host, units):
+    before = [main_pid(host, unit) for unit in units]
+    yield
+    assert [main_pid(host, unit) for unit in units] == before
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_unit_is_enabled_and_ready(host, unit):
+    assert host.service(unit).is_enabled
+    assert is_active(host, unit)
+    assert show(host, unit, "Type") == "notify"
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_exposure_is_low(host, unit):
+    """systemd's own measure of what the service could reach, 0 (nothing) to 10 (everything)."""
+    overall = host.check_output("systemd-analyze security --no-pager %s", unit).splitlines()[-1]
+    exposure = float(overall.split(":")[1].split()[0])
+    assert exposure <= MAXIMAL_EXPOSURE, overall
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_process_has_neither_root_nor_capabilities(host, unit):
+    status = host.file(f"/proc/{main_pid(host, unit)}/status").content_string
+    fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
+    assert "0" not in fields["Uid"].split()
+    assert fields["CapBnd"].strip("0") == ""
+    assert fields["NoNewPrivs"] == "1"
+    assert fields["Seccomp"] == "2"
+
+
+def test_gateways_listen_on_the_named_address_only(host):
+    address = bind_address(host)
+    assert address not in ("0.0.0.0", "::", "*")
+    for number in range(len(GATEWAYS)):
+        assert listeners(host)[FIRST_PORT + number] == {address}
+
+
+def test_writer_listens_on_loopback_only(host):
+    assert listeners(host)[9465] == {"127.0.0.1"}
+
+
+def test_secrets_are_not_in_process_environments_or_arguments(host, secrets):
+    everything = host.check_output("cat /proc/[0-9]*/environ /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' '\\n'; true")
+    assert "LITELLM_SQLALCHEMY_SETTINGS" in everything  # environments could be read
+    assert [file for file, value in secrets.items() if value in everything] == []
+
+
+def test_secrets_are_not_in_unit_properties_journal_or_readable_files(host, secrets):
+    everything = host.check_output("systemctl show %s; journalctl --no-pager --output=cat", " ".join(UNITS))
+    everything += host.check_output("cat /etc/systemd/system/*.service /etc/litellm/*.yaml /usr/local/lib/litellm/*")
+    assert [file for file, value in secrets.items() if value in everything] == []
+
+
+def test_credential_files_are_roots_alone(host, secrets):
+    for file in secrets:
+        status = host.file(file)
+        assert (status.user, status.group, status.mode) == ("root", "root", 0o600), file
+        assert host.file(file.rpartition("/")[0]).mode == 0o700
+
+
+def test_gateway_has_no_database_variable(host):
+    environment = host.check_output("tr '\\0' '\\n' < /proc/%s/environ", main_pid(host, GATEWAYS[0])).splitlines()
+    names = {line.partition("=")[0] for line in environment}
+    assert not names & set(DATABASE_VARIABLES)
+    assert set(DATABASE_VARIABLES) <= set(show(host, GATEWAYS[0], "UnsetEnvironment").split())
+
+
+@pytest.mark.parametrize(("unit", "link"), [(GATEWAYS[0], "/opt/litellm"), (WRITER, "/opt/litellm-sqlalchemy")])
+def test_release_is_roots_and_read_only_for_the_service(host, unit, link):
+    release = host.check_output("readlink -f %s/current", link)
+    user = show(host, unit, "User")
+    assert host.check_output("find %s ! -user root -o -perm /022 ! -type l", release) == ""
+    assert host.run("runuser -u %s -- touch %s/lib/probe", user, release).rc != 0
+    inside = host.run("nsenter --target %s --mount touch %s/lib/probe", main_pid(host, unit), release)
+    assert "Read-only file system" in inside.stderr
+
+
+@pytest.mark.parametrize("link", ["/opt/litellm", "/opt/litellm-sqlalchemy"])
+def test_release_has_no_start_up_hooks_and_nothing_proprietary(host, link):
+    assert host.check_output("find -L %s/current/lib -name '*.pth'", link) == ""
+    unwanted = "find -L %s/current/lib -maxdepth 3 -iname 'litellm_enterprise*' -o -iname prisma"
+    assert host.check_output(unwanted, link) == ""
+
+
+def test_service_users_cannot_log_in(host):
+    for name in ("litellm", "litellm-logger"):
+        assert host.user(name).shell == "/usr/sbin/nologin"
+        assert host.user(name).password.startswith("!")
+
+
+def test_running_process_uses_a_release_not_the_link(host):
+    """Modules imported late must not come from the release that replaces this one."""
+    mapped = host.file(f"/proc/{main_pid(host, GATEWAYS[0])}/maps").content_string
+    assert "/opt/litellm/releases/" in mapped
+    assert "/opt/litellm/current/" not in mapped
+
+
+def test_killed_instance_comes_back_while_the_other_serves(host):
+    address, victim = bind_address(host), main_pid(host, GATEWAYS[0])
+    with unchanged_main_pids(host, GATEWAYS[1:]):
+        host.check_output("kill -9 %s", victim)
+        other = (
+            "import urllib.request;"
+            f"print(urllib.request.urlopen('http://{address}:{FIRST_PORT + 1}/health/readiness').status)"
+        )
+        assert host.check_output("python3 -c %s", other) == "200"
+        wait_for(
+            host, GATEWAYS[0], lambda: main_pid(host, GATEWAYS[0]) not in (0, victim) and is_active(host, GATEWAYS[0])
+        )
+
+
+def test_killed_writer_comes_back(host):
+    victim = main_pid(host, WRITER)
+    host.check_output("kill -9 %s", victim)
+    wait_for(host, WRITER, lambda: main_pid(host, WRITER) not in (0, victim) and is_active(host, WRITER))
+
+
+def test_writer_reports_to_the_watchdog(host):
+    """systemd ends and restarts a writer that has stopped reporting."""
+    assert show(host, WRITER, "WatchdogUSec") == "2min 30s"
+    before = show(host, WRITER, "WatchdogTimestampMonotonic")
+    wait_for(host, WRITER, lambda: show(host, WRITER, "WatchdogTimestampMonotonic") != before, seconds=30)
+
+
+def test_invalid_configuration_is_refused(host):
+    """What the role runs before it puts a configuration in force."""
+    release = host.check_output("readlink -f /opt/litellm/current")
+    host.check_output("sed 's/callback.logger/callback.nothing/' /etc/litellm/config.yaml > /tmp/bad.yaml")
+    refused = host.run("/usr/local/lib/litellm/check-config %s /tmp/bad.yaml", release)
+    host.check_output("rm /tmp/bad.yaml")
+    assert refused.rc != 0
+    assert "config validation failed" in refused.stderr + refused.stdout

@@ -1,0 +1,109 @@
+#!/usr/bin/python
+"""Keep a folder of credential files: each written atomically, root's alone, none but the listed ones."""
+
+import json
+import os
+import re
+import tempfile
+
+from ansible.module_utils.basic import AnsibleModule
+
+DOCUMENTATION = r"""
+module: credential_files
+short_description: Keep a folder of credential files for systemd's LoadCredential
+description:
+  - Writes each credential to a file of its own, atomically, and removes files that are not listed.
+  - Folder and files belong to root and can be read by nobody else. Contents are never shown.
+options:
+  directory:
+    description: Folder of the files; made when it is not there.
+    type: path
+    required: true
+  credentials:
+    description: File name and content; a mapping as content is written as JSON.
+    type: dict
+    required: true
+author: [litellm-gateway]
+"""
+
+EXAMPLES = r"""
+- credential_files:
+    directory: /etc/example/credentials
+    credentials:
+      API_KEY: "{{ vault_api_key }}"
+      writer.json: {user: writer, password: "{{ vault_writer_password }}"}
+"""
+
+RETURN = r"""
+written:
+  description: Names of the files that were (in check mode, would be) written.
+  type: list
+  returned: always
+removed:
+  description: Names of the files that were (in check mode, would be) removed.
+  type: list
+  returned: always
+"""
+
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+
+
+def content_of(value):
+    """Return the bytes of a credential; a mapping becomes one line of JSON with sorted keys."""
+    return (json.dumps(value, sort_keys=True) if isinstance(value, dict) else str(value)).encode()
+
+
+def is_current(path, content):
+    """Tell whether the file holds this content and is root's alone."""
+    try:
+        status = os.lstat(path)
+        with open(path, "rb") as file:
+            return file.read() == content and (status.st_mode & 0o7777, status.st_uid, status.st_gid) == (0o600, 0, 0)
+    except FileNotFoundError:
+        return False
+
+
+def write(directory, name, content):
+    """Replace a file at once, so that a reader sees the old or the new content and a crash leaves one of them."""
+    descriptor, temporary = tempfile.mkstemp(dir=directory, prefix=".new-")  # mode 0600
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(temporary, os.path.join(directory, name))
+
+
+def main():
+    module = AnsibleModule(
+        argument_spec={
+            "directory": {"type": "path", "required": True},
+            "credentials": {"type": "dict", "required": True, "no_log": True},
+        },
+        supports_check_mode=True,
+    )
+    directory, credentials = module.params["directory"], module.params["credentials"]
+    for name, value in credentials.items():
+        if not NAME.fullmatch(name):
+            module.fail_json(msg=f"{name!r} cannot be the name of a credential: use letters, digits and _ . -")
+        if value is None or not content_of(value).strip():
+            module.fail_json(msg=f"the credential {name} is empty: give it a value or take it out of the list")
+
+    present = set(os.listdir(directory)) if os.path.isdir(directory) else set()
+    written = sorted(n for n, v in credentials.items() if not is_current(os.path.join(directory, n), content_of(v)))
+    removed = sorted(present - set(credentials))
+    status = os.stat(directory) if os.path.isdir(directory) else None
+    wrong_directory = status is None or (status.st_mode & 0o7777, status.st_uid) != (0o700, 0)
+    if not module.check_mode:
+        if wrong_directory:
+            os.makedirs(directory, exist_ok=True)
+            os.chmod(directory, 0o700)
+            os.chown(directory, 0, 0)
+        for name in written:
+            write(directory, name, content_of(credentials[name]))
+        for name in removed:
+            os.remove(os.path.join(directory, name))
+    module.exit_json(changed=bool(written or removed or wrong_directory), written=written, removed=removed)
+
+
+if __name__ == "__main__":
+    main()
