@@ -81,9 +81,7 @@ def send(client: httpx.Client, call: Call, call_id: str) -> None:
 
 def rows(host: str, run: str) -> tuple[int, str]:
     """Return how many calls of `run` have their rows, and psql's table of them."""
-    table = in_host(
-        host, "runuser", "-u", "postgres", "--", "psql", "-d", "litellm", "-v", f"calls={run}-%", text=ROWS
-    )
+    table = in_host(host, "runuser", "-u", "postgres", "--", "psql", "-d", "litellm", "-v", f"calls={run}-%", text=ROWS)
     return table.count("| success") + table.count("| failure"), table
 
 

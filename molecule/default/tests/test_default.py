@@ -1,0 +1,218 @@
+"""The host as a whole: calls are stored with what was said, faults lose nothing, secrets stay where they belong."""
+
+import json
+import os
+import re
+import subprocess
+import threading
+import time
+import uuid
+from typing import Any
+
+import httpx
+import pytest
+from conftest import EPHEMERAL, PROJECT, Chat, Psql, Run, StoredCall
+from testinfra.host import Host
+
+UNITS = ("litellm@1", "litellm@2", "litellm-log-writer")
+# Where secrets are kept: the credentials that systemd hands to units, readable by root alone.
+SECRET_FILES = {
+    "/etc/litellm/credentials/LITELLM_MASTER_KEY",
+    "/etc/litellm-sqlalchemy/credentials/writer.json",
+    "/etc/litellm-sqlalchemy/credentials/reader.json",
+    "/etc/litellm-sqlalchemy/credentials/migrator.json",
+    "/etc/litellm-sqlalchemy/credentials/monitor.json",
+}
+# Runs on the host; reads the secrets from stdin, so that they are in no process list. Prints {place: [names]}.
+SCAN = r"""
+import glob, json, os, subprocess, sys
+secrets = {name: value.encode() for name, value in json.load(sys.stdin).items()}
+found = {}
+def look(place, content):
+    names = [name for name, value in secrets.items() if value in content]
+    if names:
+        found[place] = names
+look("journal", subprocess.run(["journalctl", "--no-pager", "--output=export"], capture_output=True).stdout)
+for path in glob.glob("/proc/[0-9]*/cmdline") + glob.glob("/proc/[0-9]*/environ"):
+    try:
+        look(path, open(path, "rb").read())
+    except OSError:
+        pass
+for top in ("/etc", "/home", "/opt/litellm", "/opt/litellm-sqlalchemy", "/root", "/tmp", "/usr/local", "/var"):
+    for directory, _, files in os.walk(top):
+        for name in files:
+            path = os.path.join(directory, name)
+            if os.path.isfile(path) and not os.path.islink(path) and not directory.startswith("/root/.cache/pip"):
+                look(path, open(path, "rb").read())
+print(json.dumps(found))
+"""
+
+
+def call_id() -> str:
+    return f"test-{uuid.uuid4()}"
+
+
+def strings(secrets: dict[str, Any]) -> dict[str, str]:
+    return {name: value for name, value in secrets.items() if isinstance(value, str)}
+
+
+def test_the_system_runs(host: Host) -> None:
+    assert host.check_output("systemctl is-system-running --wait") == "running"
+
+
+def test_exactly_these_sockets_listen(host: Host, address: str) -> None:
+    listening = {tuple(line.split()[i] for i in (0, 4)) for line in host.check_output("ss -Hltun").splitlines()}
+    addresses = ("127.0.0.1:5432", f"{address}:5432", f"{address}:4000", f"{address}:4001", "127.0.0.1:9465")
+    assert listening == {("tcp", name) for name in addresses}
+
+
+def test_the_validation_report_is_green(run: Run) -> None:
+    report = json.loads(run("litellm-sqlalchemy", "validate", "--json"))
+    assert {check["status"] for check in report["checks"]} == {"ok"}
+
+
+def test_a_chat_is_stored_as_it_was_said(chat: Chat, stored_call: StoredCall) -> None:
+    this = call_id()
+    answer = chat('Grüße, \N{ROCKET} and "quotes"', this, temperature=0.5, user="someone")
+    assert answer.status_code == 200
+    (stored,) = stored_call(this)
+    assert stored["payload"] == json.loads(answer.request.content)
+    assert stored["response"]["payload"] == answer.json()
+    assert (stored["model"], stored["stream"], stored["end_user"]) == ("demo", False, "someone")
+    assert (stored["response"]["status"], stored["response"]["status_code"]) == ("success", 200)
+
+
+def test_a_stream_is_stored_as_one_answer(chat: Chat, stored_call: StoredCall) -> None:
+    this = call_id()
+    answer = chat("As a stream?", this, stream=True)
+    events = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
+    text = "".join(event["choices"][0]["delta"].get("content") or "" for event in events)
+    (stored,) = stored_call(this)
+    assert stored["stream"] is True
+    assert stored["payload"] == json.loads(answer.request.content)
+    assert stored["response"]["payload"]["choices"][0]["message"]["content"] == text == "Hello from the demo model."
+
+
+def test_an_embedding_is_stored(gateway: httpx.Client, stored_call: StoredCall) -> None:
+    this = call_id()
+    body = {"model": "demo-embedding", "input": ["a", "b"]}
+    answer = gateway.post("/v1/embeddings", json=body, headers={"x-litellm-call-id": this})
+    assert answer.status_code == 200
+    (stored,) = stored_call(this)
+    assert stored["payload"] == body
+    assert stored["response"]["payload"] == answer.json()
+
+
+def test_a_failure_is_stored_with_its_error(chat: Chat, stored_call: StoredCall) -> None:
+    this = call_id()
+    answer = chat("Does it fail?", this, model="demo-failing")
+    assert answer.status_code == 500
+    (stored,) = stored_call(this)
+    response = stored["response"]
+    assert (response["status"], response["status_code"]) == ("failure", 500)
+    assert "InternalServerError" in response["error_message"] + response["error_type"]
+
+
+def test_a_wrong_key_is_refused_and_stored(address: str, stored_call: StoredCall) -> None:
+    answer = httpx.post(
+        f"http://{address}:4000/v1/chat/completions",
+        json={"model": "demo", "messages": [{"role": "user", "content": "Let me in"}]},
+        headers={"Authorization": "Bearer sk-wrong"},
+        timeout=60,
+        trust_env=False,
+    )
+    assert answer.status_code in (400, 401)
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_a_killed_unit_comes_back(unit: str, host: Host, run: Run, chat: Chat, stored_call: StoredCall) -> None:
+    before = host.check_output(f"systemctl show --value --property=MainPID {unit}")
+    run("kill", "-KILL", before)
+    deadline = time.monotonic() + 150
+    while time.monotonic() < deadline:
+        state = host.check_output(f"systemctl show --property=MainPID,ActiveState {unit}")
+        if "ActiveState=active" in state and f"MainPID={before}" not in state:
+            break
+        time.sleep(1)
+    else:
+        pytest.fail(f"{unit} did not come back: {state}")
+    this = call_id()
+    while time.monotonic() < deadline:
+        try:
+            assert chat("Back again?", this).status_code == 200
+            break
+        except httpx.TransportError:
+            time.sleep(1)
+    assert len(stored_call(this, seconds=20)) == 1
+
+
+def test_a_stopped_database_loses_nothing_and_nobody_notices(chat: Chat, run: Run, psql: Psql) -> None:
+    prefix = f"outage-{uuid.uuid4()}"
+    answers: list[tuple[str, int]] = []
+    end = threading.Event()
+
+    def load(worker: int) -> None:
+        number = 0
+        while not end.is_set():
+            this = f"{prefix}-{worker}-{number}"
+            answers.append((this, chat("Is anybody there?", this).status_code))
+            number += 1
+            time.sleep(0.2)
+
+    workers = [threading.Thread(target=load, args=(number,)) for number in range(2)]
+    for worker in workers:
+        worker.start()
+    try:
+        time.sleep(2)
+        run("systemctl", "stop", "postgresql@17-main")
+        time.sleep(30)
+    finally:
+        run("systemctl", "start", "postgresql@17-main")
+        time.sleep(2)
+        end.set()
+        for worker in workers:
+            worker.join()
+    assert [answer for answer in answers if answer[1] != 200] == []
+    assert len(answers) > 30
+    statement = """
+        SELECT q.call_id FROM requests q JOIN responses a ON a.request_id = q.id
+         WHERE q.call_id LIKE :'prefix' AND a.status = 'success'"""
+    deadline = time.monotonic() + 60
+    while len(stored := psql(statement, prefix=f"{prefix}-%")) < len(answers) and time.monotonic() < deadline:
+        time.sleep(1)
+    assert sorted(row[0] for row in stored) == sorted(answer[0] for answer in answers)
+
+
+def test_another_run_predicts_no_change_and_shows_no_secret(secrets: dict[str, Any]) -> None:
+    command = ["ansible-playbook", "-i", str(EPHEMERAL / "inventory"), "--check", "--diff", "-vvv", "site.yml"]
+    environment = os.environ | {
+        "ANSIBLE_CONFIG": str(PROJECT / "ansible.cfg"),
+        "ANSIBLE_VAULT_PASSWORD_FILE": str(PROJECT / "scripts/vault-password"),
+        "ANSIBLE_NOCOLOR": "1",
+    }
+    done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-5000:]
+    assert set(re.findall(r"changed=(\d+)", done.stdout)) == {"0"}, done.stdout[-20000:]
+    output = done.stdout + done.stderr
+    assert [name for name, value in strings(secrets).items() if value in output] == []
+
+
+def test_no_secret_is_in_the_output_of_the_deployment(secrets: dict[str, Any]) -> None:
+    log = (EPHEMERAL / "ansible.log").read_text()
+    assert "PLAY RECAP" in log
+    assert [name for name, value in strings(secrets).items() if value in log] == []
+
+
+def test_secrets_are_only_in_the_credentials(secrets: dict[str, Any], run: Run) -> None:
+    found = json.loads(run("python3", "-c", SCAN, input=json.dumps(strings(secrets))))
+    assert set(found) == SECRET_FILES
+    assert "vault_postgresql_ca_passphrase" not in {name for names in found.values() for name in names}
+    for file in SECRET_FILES:
+        assert run("stat", "--format=%U:%G %a", file).strip() == "root:root 600"
+
+
+def test_the_search_for_secrets_finds_what_is_there(run: Run) -> None:
+    marker = uuid.uuid4().hex
+    run("logger", f"marker {marker}")
+    found = json.loads(run("python3", "-c", SCAN, input=json.dumps({"marker": marker})))
+    assert "journal" in found
