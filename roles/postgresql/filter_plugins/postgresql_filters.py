@@ -10,7 +10,7 @@ import re
 import secrets
 import stringprep
 import unicodedata
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 
 from ansible.errors import AnsibleFilterError
 
@@ -103,8 +103,8 @@ def subject_alt_names(names: list[str]) -> list[str]:
 
 def days_left(not_after: str) -> int:
     """Return the whole days from now to an ASN.1 time such as 20271231235959Z."""
-    end = datetime.strptime(not_after, "%Y%m%d%H%M%SZ").replace(tzinfo=timezone.utc)
-    return (end - datetime.now(timezone.utc)).days
+    end = datetime.strptime(not_after, "%Y%m%d%H%M%SZ").replace(tzinfo=UTC)
+    return (end - datetime.now(UTC)).days
 
 
 class FilterModule:

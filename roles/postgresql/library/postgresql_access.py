@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.postgresql_peer import Unreachable, connect, describe, psycopg2, rows
+from ansible.module_utils.postgresql_peer import UnreachableError, connect, describe, psycopg2, rows
 
 DOCUMENTATION = r"""
 module: postgresql_access
@@ -101,7 +101,7 @@ def now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
-class Blocked(Exception):
+class BlockedError(Exception):
     """A new password cannot be given without breaking a client; str() says why."""
 
 
@@ -116,7 +116,7 @@ class Access:
 
     def load(self) -> None:
         columns = ("login", "limit", "verifier", "comment", "special", "settings")
-        self.roles = {name: dict(zip(columns, values)) for name, *values in rows(self.connection, ROLES)}
+        self.roles = {name: dict(zip(columns, values, strict=True)) for name, *values in rows(self.connection, ROLES)}
         self.memberships = {(member, role): tuple(how) for member, role, *how in rows(self.connection, MEMBERSHIPS)}
 
     def do(self, change: str, statement: str, *parameters, connection=None) -> None:
@@ -199,7 +199,7 @@ class Access:
         used = [name for (name,) in rows(self.connection, "SELECT DISTINCT usename FROM pg_stat_activity")]
         free = [name for name in enabled if name not in used]
         if not free:
-            raise Blocked(
+            raise BlockedError(
                 f"both {' and '.join(enabled)} have sessions and neither fits the password: "
                 "finish the previous rotation with its own password before starting another"
             )
@@ -245,7 +245,7 @@ class Access:
     def privileges(self) -> None:
         described = {database["name"]: database for database in self.params["databases"]}
         found = rows(self.connection, DATABASES)
-        for name, owner, connectable, acl in found:
+        for name, _owner, connectable, acl in found:
             on, wanted = f"DATABASE {name_of(name)}", described.get(name)
             present = {tuple(item) for item in acl}
             if wanted is None:
@@ -257,7 +257,8 @@ class Access:
                 with_schema = connect(self.params["port"], name)
                 present = set(rows(with_schema, SCHEMA))
                 kept = {item for item in present if item[0] != "public"}
-                self.exact("SCHEMA public", with_schema, present, pairs(wanted["schema_grants"]) if wanted else kept, name)
+                schema_wanted = pairs(wanted["schema_grants"]) if wanted else kept
+                self.exact("SCHEMA public", with_schema, present, schema_wanted, name)
                 with_schema.close()
         for name in described.keys() - {row[0] for row in found}:
             self.changes.append(f"grant the privileges on database {name}")
@@ -322,11 +323,11 @@ def main() -> None:
     try:
         access = Access(module)
         access.all()
-    except Unreachable as unreachable:
+    except UnreachableError as unreachable:
         if module.check_mode and access is None:
             module.exit_json(changed=True, changes=[f"make everything: {unreachable}"])
         module.fail_json(msg=f"The roles and databases cannot be made: {unreachable}.")
-    except Blocked as blocked:
+    except BlockedError as blocked:
         module.fail_json(msg=f"The roles and databases cannot be made: {blocked}.")
     except psycopg2.Error as error:
         doing = access.changes[-1] if access and access.changes else "reading the catalogue"

@@ -14,7 +14,7 @@ import tempfile
 import time
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.postgresql_peer import Unreachable, connect, rows
+from ansible.module_utils.postgresql_peer import UnreachableError, connect, rows
 
 DOCUMENTATION = r"""
 module: postgresql_configuration
@@ -89,7 +89,7 @@ HEADER = "# Ansible managed: the role postgresql writes this whole file; changes
 PLAIN = re.compile(r"^[+]?[A-Za-z_][A-Za-z0-9_$]*$")
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """PostgreSQL does not accept a candidate file; str() quotes the entry and gives PostgreSQL's reason."""
 
 
@@ -181,12 +181,12 @@ class Cluster:
             os.rename(f"{path}.new", path)
 
     def try_out(self) -> None:
-        """Let PostgreSQL read the candidates in a throw-away data directory; raise Refused when it does not like them."""
+        """Let PostgreSQL read the candidates in a throw-away data directory; raise RefusedError if it refuses them."""
         aside = tempfile.mkdtemp(prefix="postgresql-candidate-")
         try:
             shutil.chown(aside, "postgres", "postgres")
             conf, hba, result = (f"{aside}/{name}" for name in ("postgresql.conf", "pg_hba.conf", "rules.json"))
-            for source, target in zip(self.files.values(), (conf, hba)):
+            for source, target in zip(self.files.values(), (conf, hba), strict=True):
                 with open(target, "w", encoding="utf-8") as file:
                     file.write(source)
                 shutil.chown(target, "postgres", "postgres")
@@ -208,7 +208,9 @@ class Cluster:
             for rule in map(json.loads, read(result).replace("\\\\", "\\").splitlines()):
                 if rule["error"]:
                     line = self.files[f"{self.etc}/pg_hba.conf"].splitlines()[rule["line_number"] - 1]
-                    raise Refused(f"PostgreSQL refuses this entry of postgresql_hba_entries: «{line}»: {rule['error']}.")
+                    raise RefusedError(
+                        f"PostgreSQL refuses the entry «{line}» of postgresql_hba_entries: {rule['error']}."
+                    )
         finally:
             shutil.rmtree(aside, ignore_errors=True)
 
@@ -227,8 +229,9 @@ class Cluster:
         lines = re.findall(r"(?:FATAL|ERROR|LOG|WARNING|PANIC|HINT):\s+(.*)", done.stderr) or [done.stderr.strip()]
         quoted = ""
         for number in re.findall(rf"{re.escape(conf)}\S* line (\d+)", done.stderr) if conf else []:
-            quoted = f" «{list(self.files.values())[0].splitlines()[int(number) - 1]}»"
-        raise Refused(f"PostgreSQL refuses the settings{quoted}: {'; '.join(lines)}.".replace(conf or "\0", "the drop-in"))
+            quoted = f" «{next(iter(self.files.values())).splitlines()[int(number) - 1]}»"
+        reason = "; ".join(lines).replace(conf or "\0", "the drop-in")
+        raise RefusedError(f"PostgreSQL refuses the settings{quoted}: {reason}.")
 
 
 def read(path: str) -> str:
@@ -250,14 +253,14 @@ def load_time(connection) -> float:
 
 
 def reload(connection) -> None:
-    """Have the server load its files; return when it has, or raise Unreachable after 10 s."""
+    """Have the server load its files; return when it has, or raise UnreachableError after 10 s."""
     before = load_time(connection)
     rows(connection, "SELECT pg_reload_conf()")
     for _attempt in range(100):
         if load_time(connection) > before:
             return
         time.sleep(0.1)
-    raise Unreachable("it did not load its configuration within 10 s")
+    raise UnreachableError("it did not load its configuration within 10 s")
 
 
 def main() -> None:
@@ -288,7 +291,7 @@ def main() -> None:
     if outdated and there:
         try:
             cluster.try_out()
-        except Refused as refused:
+        except RefusedError as refused:
             module.fail_json(msg=f"{refused} The files in force are unchanged.")
         if not module.check_mode:
             cluster.install(outdated)
@@ -298,7 +301,7 @@ def main() -> None:
     watched = [*cluster.files, *module.params["reload_after"]]
     try:
         connection = connect(module.params["port"])
-    except Unreachable as unreachable:
+    except UnreachableError as unreachable:
         # Not running (or on another port until a restart): the next start reads everything.
         module.exit_json(**dict(result, restart_reasons=[] if module.check_mode else [str(unreachable)]))
     started = float(rows(connection, "SELECT extract(epoch FROM pg_postmaster_start_time())")[0][0])
@@ -307,7 +310,7 @@ def main() -> None:
         if not module.check_mode:
             try:
                 reload(connection)
-            except Unreachable as unreachable:
+            except UnreachableError as unreachable:
                 module.fail_json(msg=f"PostgreSQL was told to reload, and {unreachable}; look at its log.")
     pending = [name for (name,) in rows(connection, "SELECT name FROM pg_settings WHERE pending_restart ORDER BY 1")]
     result["restart_reasons"] = pending + newer(module.params["restart_after"], started)

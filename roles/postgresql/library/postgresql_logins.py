@@ -7,7 +7,7 @@ import re
 import time
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.postgresql_peer import Unreachable, connect, describe, psycopg2, rows
+from ansible.module_utils.postgresql_peer import UnreachableError, connect, describe, psycopg2, rows
 
 DOCUMENTATION = r"""
 module: postgresql_logins
@@ -124,9 +124,9 @@ def main() -> None:
     )
     try:
         connection = connect(module.params["port"])
-    except Unreachable as unreachable:
+    except UnreachableError as unreachable:
         if module.check_mode:
-            module.exit_json(changed=False, active={}, salts={}, retired=[], msg=f"PostgreSQL is not there: {unreachable}")
+            module.exit_json(changed=False, active={}, salts={}, retired=[], msg=f"Not there yet: {unreachable}")
         module.fail_json(msg=f"PostgreSQL cannot be asked about its logins: {unreachable}.")
     logins = rows(connection, LOGINS)
     active = active_by_pair(logins)

@@ -88,10 +88,16 @@ def main() -> None:
     changed |= own(module, directory, 0o700)
     changed |= own(module, key, 0o600)
     names = ",".join(module.params["subject_alt_names"])
+    extensions = []
+    for extension in (
+        f"subjectAltName={names}",
+        "extendedKeyUsage=serverAuth",
+        "keyUsage=critical,digitalSignature",
+        "basicConstraints=critical,CA:FALSE",
+    ):
+        extensions += ["-addext", extension]
     request = module.run_command(
-        ["openssl", "req", "-new", "-key", key, "-subj", f"/CN={module.params['common_name'][:64]}"]
-        + ["-addext", f"subjectAltName={names}", "-addext", "extendedKeyUsage=serverAuth"]
-        + ["-addext", "keyUsage=critical,digitalSignature", "-addext", "basicConstraints=critical,CA:FALSE"],
+        ["openssl", "req", "-new", "-key", key, "-subj", f"/CN={module.params['common_name'][:64]}", *extensions],
         check_rc=True,
     )[1]
     present = ""

@@ -36,7 +36,7 @@ SILENT = " ".join(
 )
 
 
-class Unreachable(Exception):
+class UnreachableError(Exception):
     """The server cannot be reached over its socket; str() says why."""
 
 
@@ -52,9 +52,9 @@ def effective_user(name: str):
 
 
 def connect(port: int, database: str = "postgres"):
-    """Return an autocommit connection of the superuser, or raise Unreachable."""
+    """Return an autocommit connection of the superuser, or raise UnreachableError."""
     if psycopg2 is None:
-        raise Unreachable("python3-psycopg2 is not installed")
+        raise UnreachableError("python3-psycopg2 is not installed")
     try:
         with effective_user("postgres"):
             connection = psycopg2.connect(
@@ -67,11 +67,11 @@ def connect(port: int, database: str = "postgres"):
                 connect_timeout=10,
             )
     except KeyError:
-        raise Unreachable("there is no user postgres") from None
+        raise UnreachableError("there is no user postgres") from None
     except PermissionError:
-        raise Unreachable("only root can be postgres on its socket: run the play with become") from None
+        raise UnreachableError("only root can be postgres on its socket: run the play with become") from None
     except psycopg2.OperationalError as error:
-        raise Unreachable(str(error).strip()) from None
+        raise UnreachableError(str(error).strip()) from None
     connection.autocommit = True
     return connection
 
