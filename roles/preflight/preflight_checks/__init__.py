@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from . import controller, hosts, network, secrets, services, variables
 from .model import CHECKS, Finding, Host, Run
 
@@ -17,15 +19,18 @@ def check_all(run: Run, accepted: frozenset[str] = frozenset()) -> list[Finding]
     """Return every finding, errors first; the ids in `accepted` become warnings."""
     found = [finding for check in CHECKS.values() for finding in check.run(run)]
     eased = [finding.as_warning() if finding.check in accepted else finding for finding in found]
-    unique = list(dict.fromkeys(eased))
-    return sorted(unique, key=lambda finding: (finding.severity, finding.check, finding.host))
+    hosts: dict[Finding, list[str]] = {}
+    for finding in eased:  # what several hosts have in common is said once
+        hosts.setdefault(replace(finding, host=""), []).append(finding.host)
+    merged = [replace(finding, host=", ".join(dict.fromkeys(names))) for finding, names in hosts.items()]
+    return sorted(merged, key=lambda finding: (finding.severity, finding.check, finding.host))
 
 
 def render(findings: list[Finding], host_count: int) -> list[str]:
     """Return the lines of the report: one per finding, the sums last."""
     errors = sum(finding.severity == "error" for finding in findings)
     lines = [
-        f"{finding.severity.upper():7} {finding.check}  [{finding.host}]  {finding.seen} Fix: {finding.fix}"
+        f"{finding.severity.upper():7} {finding.check}  [{finding.host}]  {finding.seen.rstrip('.')}. Fix: {finding.fix}"
         for finding in findings
     ]
     summary = f"{len(CHECKS)} checks on {host_count} host{'s' if host_count != 1 else ''}: "

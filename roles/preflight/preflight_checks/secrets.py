@@ -23,7 +23,7 @@ REPLACE = "remove its line (ansible-vault edit), then " + CREATE + "."
 def bits(value: str) -> float:
     """Return an estimate of a text's entropy: length times Shannon's entropy per character."""
     counts = Counter(value)
-    return -sum(count * math.log2(count / len(value)) for count in counts.values())
+    return sum(count * math.log2(len(value) / count) for count in counts.values())
 
 
 def texts(run: Run) -> Iterator[tuple[Host, str, str, str]]:

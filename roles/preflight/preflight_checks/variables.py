@@ -104,7 +104,9 @@ def type_faults(name: str, spec: Spec, value: Any) -> Iterator[tuple[str, str]]:
     bare = {key: part for key, part in spec.items() if key not in ("required", "default")}
     result = ArgumentSpecValidator({name: bare}).validate({name: value})
     for message in result.error_messages:
-        if hides(spec):
+        if kind in PLAIN and "convert" in message:
+            yield f"is {type_name(value)} ({shown}), not {article(kind)}.", f"give it {article(kind)}."
+        elif hides(spec):
             yield f"does not match its specification (value hidden; expected {article(kind)}).", "see docs/variables.md."
         else:
             yield f"does not match its specification: {message.rstrip('.')} ({shown}).", "see docs/variables.md."
