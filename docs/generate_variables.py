@@ -18,9 +18,9 @@ TARGET = ROOT / "docs" / "variables.md"
 INTRODUCTION = """\
 # Variables
 
-Every variable of every role. Generated from the roles' `meta/argument_specs.yml` by `docs/generate_variables.py`; to change
-a line here, change it there. Set variables in an inventory's `group_vars`. *required* means that there is no default;
-*secret* means that the value belongs in `vault.yml`. What the playbooks hand over themselves need not be set;
+Every variable of every role. Generated from the roles' `meta/argument_specs.yml` by `docs/generate_variables.py`; to
+change a line here, change it there. Set variables in an inventory's `group_vars`. *required* means that there is no
+default; *secret* means that the value belongs in `vault.yml`. What the playbooks hand over themselves need not be set;
 `playbooks/preflight.yml` says so when it is.
 """
 

@@ -44,22 +44,28 @@ def test_creates_once_and_shows_no_value(inventory):
     assert first.returncode == 0, first.stdout + first.stderr
     values = view(inventory)
     assert values.pop("vault_litellm_provider_keys") == {}
-    assert len(values) == 6 and len(set(values.values())) == 6
+    assert len(values) == 6
+    assert len(set(values.values())) == 6
     assert values["vault_litellm_master_key"].startswith("sk-")
     for value in values.values():
-        assert len(value) >= 32 and secrets.bits(value) > 150 and not secrets.EXAMPLES.search(value)
+        assert len(value) >= 32
+        assert secrets.bits(value) > 150
+        assert not secrets.EXAMPLES.search(value)
         assert value not in first.stdout + first.stderr
     path = inventory / "group_vars/all/vault.yml"
-    assert path.read_text().startswith("$ANSIBLE_VAULT;") and path.stat().st_mode & 0o777 == 0o600
+    assert path.read_text().startswith("$ANSIBLE_VAULT;")
+    assert path.stat().st_mode & 0o777 == 0o600
 
     before = path.read_bytes()
     second = run(inventory)
-    assert "changed=0" in second.stdout and path.read_bytes() == before
+    assert "changed=0" in second.stdout
+    assert path.read_bytes() == before
 
 
 def test_without_a_vault_password_it_says_how_to_get_one(inventory):
     done = run(inventory, password=False)
-    assert done.returncode != 0 and "ANSIBLE_VAULT_PASSWORD_FILE" in done.stdout + done.stderr
+    assert done.returncode != 0
+    assert "ANSIBLE_VAULT_PASSWORD_FILE" in done.stdout + done.stderr
     assert not (inventory / "group_vars/all/vault.yml").exists()
 
 
@@ -77,18 +83,21 @@ def test_a_clear_file_is_refused(inventory):
     path = inventory / "group_vars/all/vault.yml"
     path.write_text("other: 1\n")
     done = run(inventory)
-    assert done.returncode != 0 and "ansible-vault encrypt" in done.stdout + done.stderr
+    assert done.returncode != 0
+    assert "ansible-vault encrypt" in done.stdout + done.stderr
     assert path.read_text() == "other: 1\n"
 
 
 def test_what_is_there_stays_as_it_is():
     text = "# mine\nfirst: 'kept'  # why"
     result, created = vault_secrets.add_missing(text, {"first": "password", "second": "empty_dict"}, "vault.yml")
-    assert result == "# mine\nfirst: 'kept'  # why\nsecond: {}\n" and created == ["second"]
+    assert result == "# mine\nfirst: 'kept'  # why\nsecond: {}\n"
+    assert created == ["second"]
 
 
 @pytest.mark.parametrize("text", ["first:\n", "first: ''\n", "- a list\n", "first: 'open\n"])
 def test_what_cannot_be_completed_is_refused_without_quoting_it(text):
     with pytest.raises(AnsibleActionFail) as refusal:
         vault_secrets.add_missing(text, {"first": "password"}, "vault.yml")
-    assert "ansible-vault edit vault.yml" in str(refusal.value) and "open" not in str(refusal.value)
+    assert "ansible-vault edit vault.yml" in str(refusal.value)
+    assert "open" not in str(refusal.value)

@@ -20,7 +20,12 @@ def opening(path: Path) -> list[str]:
 @pytest.mark.parametrize("path", PLAYBOOKS, ids=lambda path: path.name)
 def test_a_playbook_opens_with_what_when_how_and_what_it_refuses(path):
     words = [line.split()[1] for line in opening(path) if line.split()[1].endswith(":")]
-    assert [word for word in words if word in ("What:", "When:", "How:", "Refuses:")] == ["What:", "When:", "How:", "Refuses:"]
+    assert [word for word in words if word in ("What:", "When:", "How:", "Refuses:")] == [
+        "What:",
+        "When:",
+        "How:",
+        "Refuses:",
+    ]
     if "-" in path.stem:
         assert len(opening(path)) >= 5
 
@@ -32,9 +37,9 @@ def test_the_documented_command_line_names_the_playbook(path):
 
 def test_site_only_imports_playbooks_in_order():
     names = ["preflight", "postgresql", "litellm", "postgresql-retire-logins", "validation"]
-    assert yaml.safe_load((ROOT / "site.yml").read_text()) == [
-        {"import_playbook": f"playbooks/{name}.yml"} for name in names
-    ]
+    imports = yaml.safe_load((ROOT / "site.yml").read_text())
+    assert [entry["import_playbook"] for entry in imports] == [f"playbooks/{name}.yml" for name in names]
+    assert all(entry.keys() == {"name", "import_playbook"} for entry in imports)
 
 
 @pytest.mark.parametrize("environment", ["staging", "production"])
@@ -49,5 +54,6 @@ def test_an_example_inventory_holds_no_vault_and_no_real_address(environment):
     base = ROOT / "inventories" / environment
     hosts = (base / "hosts.yml").read_text()
     assert not list(base.rglob("vault.yml"))
-    assert "192.0.2." in hosts and "example.net" in hosts
+    assert "192.0.2." in hosts
+    assert "example.net" in hosts
     assert "host_key_checking" not in "".join(path.read_text() for path in base.rglob("*.yml"))

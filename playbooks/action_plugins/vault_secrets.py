@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 
 import yaml
-from ansible import constants as C
+from ansible import constants
 from ansible.errors import AnsibleActionFail, AnsibleError
 from ansible.parsing.vault import VaultLib, VaultSecret, is_encrypted, match_encrypt_secret
 from ansible.plugins.action import ActionBase
@@ -161,8 +161,8 @@ class ActionModule(ActionBase):
             kinds = {name: kind for name, kind in kinds.items() if name in in_file or name not in variables}
         text, created = add_missing(text, kinds, path)
         if created and not self._task.check_mode:
-            chosen, secret = match_encrypt_secret(vault.secrets, vault_id or C.DEFAULT_VAULT_ENCRYPT_IDENTITY)
-            keep_id = vault_id or (chosen if chosen != C.DEFAULT_VAULT_IDENTITY else None)
+            chosen, secret = match_encrypt_secret(vault.secrets, vault_id or constants.DEFAULT_VAULT_ENCRYPT_IDENTITY)
+            keep_id = vault_id or (chosen if chosen != constants.DEFAULT_VAULT_IDENTITY else None)
             write_encrypted(path, text, vault, secret, keep_id)
         result.update(changed=bool(created), path=path, created=created)
         return result

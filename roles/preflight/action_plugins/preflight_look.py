@@ -15,7 +15,7 @@ from ansible.vars.clean import namespace_facts
 
 # The checks are an ordinary package beside the role's tasks, so that unit tests can import them without Ansible.
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from preflight_checks import gather, network  # noqa: E402 - found through the line above
+from preflight_checks import gather, network
 
 
 class ActionModule(ActionBase):
@@ -51,7 +51,11 @@ class ActionModule(ActionBase):
         """Return the module's arguments, from the host's variables as they evaluate with its facts."""
         arguments = self._task.args
         name = variables["inventory_hostname"]
-        raw = {**variables["hostvars"].raw_get(name), **gathered, "ansible_facts": namespace_facts(gathered)["ansible_facts"]}
+        raw = {
+            **variables["hostvars"].raw_get(name),
+            **gathered,
+            "ansible_facts": namespace_facts(gathered)["ansible_facts"],
+        }
         templar = self._templar.copy_with_new_env(available_variables=raw)
         role_hosts = gather.plain(arguments["role_hosts"])
         host = gather.read_host(name, raw, lambda variable: templar.template(raw[variable]), role_hosts)

@@ -5,17 +5,17 @@ from __future__ import annotations
 import os
 import sys
 
-from ansible import constants as C
+from ansible import constants
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 
 # The checks are an ordinary package beside the role's tasks, so that unit tests can import them without Ansible.
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import preflight_checks as checks  # noqa: E402 - found through the line above
-from preflight_checks import gather  # noqa: E402 - likewise
+import preflight_checks as checks
+from preflight_checks import gather
 
 DISPLAY = Display()
-COLOURS = {"ERROR": C.COLOR_ERROR, "WARNING": C.COLOR_WARN}
+COLOURS = {"ERROR": constants.COLOR_ERROR, "WARNING": constants.COLOR_WARN}
 
 
 class ActionModule(ActionBase):
@@ -39,7 +39,7 @@ class ActionModule(ActionBase):
         gather.read_controller(run, self._task.args["roles_directory"], sources, self._loader)
         findings = checks.check_all(run, frozenset(self._task.args["accepted"]))
         for line in checks.render(findings, len(run.hosts)):
-            DISPLAY.display(line, color=COLOURS.get(line.split(" ")[0], C.COLOR_OK))
+            DISPLAY.display(line, color=COLOURS.get(line.split(" ")[0], constants.COLOR_OK))
         result["changed"] = False
         errors = sum(finding.severity == "error" for finding in findings)
         if errors:

@@ -3,22 +3,6 @@
 
 from __future__ import annotations
 
-DOCUMENTATION = r"""
-module: preflight_facts
-short_description: Gather what the preflight checks need in one round trip
-description: Reads, resolves, binds and fetches; changes nothing. Every probe that fails is data, not an error.
-options:
-  paths: {type: list, elements: str, default: [], description: Where disk space is looked at.}
-  addresses: {type: list, elements: str, default: [], description: Addresses that services are to listen on.}
-  names: {type: list, elements: str, default: [], description: Names that must resolve.}
-  urls: {type: list, elements: str, default: [], description: Fetched to see whether they can be reached.}
-  package_sources: {type: bool, default: true, description: Whether the host's apt sources are tried.}
-  timeout: {type: float, default: 6, description: Seconds that all network probes together may take.}
-author: The project
-"""
-EXAMPLES = "- preflight_facts: {paths: [/var/lib], names: [db1.example.net]}"
-RETURN = "facts: {type: dict, returned: always, description: What was seen.}"
-
 import ctypes
 import glob
 import os
@@ -35,6 +19,22 @@ import urllib.error
 import urllib.request
 
 from ansible.module_utils.basic import AnsibleModule
+
+DOCUMENTATION = r"""
+module: preflight_facts
+short_description: Gather what the preflight checks need in one round trip
+description: Reads, resolves, binds and fetches; changes nothing. Every probe that fails is data, not an error.
+options:
+  paths: {type: list, elements: str, default: [], description: Where disk space is looked at.}
+  addresses: {type: list, elements: str, default: [], description: Addresses that services are to listen on.}
+  names: {type: list, elements: str, default: [], description: Names that must resolve.}
+  urls: {type: list, elements: str, default: [], description: Fetched to see whether they can be reached.}
+  package_sources: {type: bool, default: true, description: Whether the host's apt sources are tried.}
+  timeout: {type: float, default: 6, description: Seconds that all network probes together may take.}
+author: The project
+"""
+EXAMPLES = "- preflight_facts: {paths: [/var/lib], names: [db1.example.net]}"
+RETURN = "facts: {type: dict, returned: always, description: What was seen.}"
 
 STA_UNSYNC = 0x40  # linux/timex.h
 LISTENING = "0A"  # net/tcp_states.h, as /proc/net/tcp prints it
@@ -171,7 +171,7 @@ def fetch(url, proxy):
     try:
         opener.open(urllib.request.Request(url, method="HEAD"), timeout=5).close()
     except urllib.error.HTTPError as error:
-        return "" if error.code < 500 and error.code not in (404, 407) else "HTTP status %d" % error.code
+        return "" if error.code < 500 and error.code not in (404, 407) else f"HTTP status {error.code}"
     except (OSError, ssl.SSLError, ValueError) as error:
         return str(getattr(error, "reason", error))
     return ""
@@ -190,8 +190,8 @@ def clusters():
     for configuration in sorted(glob.glob("/etc/postgresql/*/*/postgresql.conf")):
         version, name = configuration.split("/")[3:5]
         setting = re.search(r"^\s*data_directory\s*=\s*'([^']+)'", read(configuration), re.M)
-        directory = setting.group(1) if setting else "/var/lib/postgresql/%s/%s" % (version, name)
-        control = output("/usr/lib/postgresql/%s/bin/pg_controldata" % version, "-D", directory)
+        directory = setting.group(1) if setting else f"/var/lib/postgresql/{version}/{name}"
+        control = output(f"/usr/lib/postgresql/{version}/bin/pg_controldata", "-D", directory)
         checksum = re.search(r"^Data page checksum version:\s*(\d+)", control, re.M)
         found.append(
             {
@@ -210,7 +210,7 @@ def network(module):
     jobs = [("names", name, resolve, (name,)) for name in module.params["names"]]
     jobs += [("urls", url, fetch, (url, "")) for url in module.params["urls"]]
     jobs += [("package_sources", uri, fetch, (uri, proxy)) for uri in sources]
-    slow = "no answer within %g s" % module.params["timeout"]
+    slow = "no answer within {:g} s".format(module.params["timeout"])
     found = {"names": {}, "urls": {}, "package_sources": {}}
     threads = []
     for kind, target, function, arguments in jobs:
@@ -262,7 +262,9 @@ def main():
         clock_synchronised=clock_synchronised(),
         half_installed=re.findall(r"^ (\S+) ", output("dpkg", "--audit"), re.M),
         clusters=clusters(),
-        installed=[path for path in ("/opt/litellm/current", "/opt/litellm-sqlalchemy/current") if os.path.exists(path)],
+        installed=[
+            path for path in ("/opt/litellm/current", "/opt/litellm-sqlalchemy/current") if os.path.exists(path)
+        ],
         time=time.time(),
     )
     module.exit_json(changed=False, facts=facts)

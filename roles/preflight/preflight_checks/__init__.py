@@ -30,7 +30,8 @@ def render(findings: list[Finding], host_count: int) -> list[str]:
     """Return the lines of the report: one per finding, the sums last."""
     errors = sum(finding.severity == "error" for finding in findings)
     lines = [
-        f"{finding.severity.upper():7} {finding.check}  [{finding.host}]  {finding.seen.rstrip('.')}. Fix: {finding.fix}"
+        f"{finding.severity.upper():7} {finding.check}  [{finding.host}]  "
+        f"{finding.seen.rstrip('.')}. Fix: {finding.fix}"
         for finding in findings
     ]
     summary = f"{len(CHECKS)} checks on {host_count} host{'s' if host_count != 1 else ''}: "

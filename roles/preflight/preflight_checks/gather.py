@@ -46,7 +46,7 @@ def origin(value: Any) -> str:
     tag = Origin.get_tag(value) if Origin else None
     if not tag or not tag.path:
         return ""
-    return os.path.relpath(tag.path) + (f":{tag.line_num}" if tag.line_num else "")
+    return os.path.relpath(str(tag.path)) + (f":{tag.line_num}" if tag.line_num else "")
 
 
 def read_yaml(path: str) -> Any:
@@ -58,10 +58,10 @@ def read_yaml(path: str) -> Any:
         return {}
 
 
-def role_specs(directory: str) -> tuple[dict[str, dict], dict[str, dict]]:
+def role_specs(directory: str) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
     """Return the options and the defaults of all roles of a directory."""
-    specs: dict[str, dict] = {}
-    defaults: dict[str, dict] = {}
+    specs: dict[str, dict[str, Any]] = {}
+    defaults: dict[str, dict[str, Any]] = {}
     for path in sorted(glob.glob(os.path.join(directory, "*", "meta", "argument_specs.yml"))):
         role = path.split(os.sep)[-3]
         entries = read_yaml(path).get("argument_specs", {})

@@ -128,11 +128,11 @@ CHECKS: dict[str, Check] = {}
 CheckFunction = Callable[[Run], Iterable[tuple[str, ...]]]
 
 
-def check(id: str, title: str, severity: str = "error") -> Callable[[CheckFunction], CheckFunction]:
+def check(id_: str, title: str, severity: str = "error") -> Callable[[CheckFunction], CheckFunction]:
     """Register a check under a stable id."""
 
     def register(function: CheckFunction) -> CheckFunction:
-        CHECKS[id] = Check(id, title, function, severity)
+        CHECKS[id_] = Check(id_, title, function, severity)
         return function
 
     return register

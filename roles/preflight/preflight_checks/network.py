@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from .model import Host, Run, check
 
-ALL_ADDRESSES = ("0.0.0.0", "::", "*", "[::]", "0", "0.0.0.0/0")  # noqa: S104 - these are what is refused
+ALL_ADDRESSES = ("0.0.0.0", "::", "*", "[::]", "0", "0.0.0.0/0")
 
 LISTEN_VARIABLES = {
     "postgresql": ("postgresql_listen_addresses",),

@@ -66,7 +66,9 @@ def shape(run: Run) -> Iterator[tuple[str, ...]]:
                 yield (
                     host.name,
                     f"{name} is {type_name(value)}, not {what} (value hidden).",
-                    "quote the value." if wanted is str else f"write `{name}: {{OPENAI_API_KEY: ...}}`, or {{}} for none.",
+                    "quote the value."
+                    if wanted is str
+                    else f"write `{name}: {{OPENAI_API_KEY: ...}}`, or {{}} for none.",
                 )
     for host, name, kind, text in texts(run):
         if kind == "gateway_key" and not text.startswith("sk-"):

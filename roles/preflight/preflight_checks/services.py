@@ -44,7 +44,7 @@ def database_unreachable(run: Run) -> Iterator[tuple[str, ...]]:
         if apart and addresses and all(map(loopback, addresses)):
             yield (
                 server.name,
-                f"postgresql_listen_addresses is {', '.join(addresses)}, but {apart[0].name} connects over the network.",
+                f"postgresql_listen_addresses is {', '.join(addresses)}; {apart[0].name} connects over the network.",
                 f"add the address of {server.name} that {apart[0].name} reaches.",
             )
     for host in apart:
@@ -133,7 +133,8 @@ def gateway_database(run: Run) -> Iterator[tuple[str, ...]]:
                 yield (
                     host.name,
                     f"litellm_general_settings sets {name} (value hidden).",
-                    "remove it; the master key belongs in litellm_master_key." if name == "master_key"
+                    "remove it; the master key belongs in litellm_master_key."
+                    if name == "master_key"
                     else "remove it: LiteLLM's own database stays off.",
                 )
 
@@ -153,9 +154,12 @@ def certificate_files(run: Run) -> Iterator[tuple[str, ...]]:
         for name in absent:
             yield host.name, f"{name}: {paths[name]} cannot be read on the controller.", "correct the path."
         if not absent:
-            contents = [run.files[str(paths[name])] or b"" for name in CERTIFICATE_VARIABLES]
-            now = datetime.datetime.now(datetime.timezone.utc)
-            yield from ((host.name, seen, fix) for seen, fix in certificate_faults(*contents, names(run, host), now))
+            certificate, key, authority = (run.files[str(paths[name])] or b"" for name in CERTIFICATE_VARIABLES)
+            now = datetime.datetime.now(datetime.UTC)
+            yield from (
+                (host.name, seen, fix)
+                for seen, fix in certificate_faults(certificate, key, authority, names(run, host), now)
+            )
 
 
 def names(run: Run, host: Host) -> list[str]:
@@ -216,4 +220,3 @@ def matches(pattern: str, name: str) -> bool:
     if pattern.startswith("*."):
         return name.partition(".")[2].lower() == pattern[2:].lower()
     return pattern.lower() == name.lower()
-

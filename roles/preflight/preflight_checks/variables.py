@@ -29,7 +29,7 @@ def where(host: Host, name: str) -> str:
 @check("unknown-variable", "Every variable with a role's prefix is one that the role has")
 def unknown_variable(run: Run) -> Iterator[tuple[str, ...]]:
     known = known_names(run)
-    prefixes = tuple(f"{role}_" for role in run.specs) + ("vault_litellm", "vault_postgresql")
+    prefixes = (*tuple(f"{role}_" for role in run.specs), "vault_litellm", "vault_postgresql")
     found: dict[str, list[Host]] = {}
     for host in run.hosts:
         for name in (host.values.keys() | host.unset.keys()) - known - run.mentioned:
@@ -47,7 +47,7 @@ def unknown_variable(run: Run) -> Iterator[tuple[str, ...]]:
 def undefined_variable(run: Run) -> Iterator[tuple[str, ...]]:
     for host in run.hosts:
         for name, reason in host.unset.items():
-            missing_secret = any(secret in reason and secret not in host.values for secret in run.secrets)
+            missing_secret = any(secret in reason and not host.values.get(secret) for secret in run.secrets)
             if not missing_secret:  # secret-missing says it already
                 yield host.name, f"{name}{where(host, name)} cannot be evaluated: {reason}", "define what it refers to."
 
@@ -107,7 +107,10 @@ def type_faults(name: str, spec: Spec, value: Any) -> Iterator[tuple[str, str]]:
         if kind in PLAIN and "convert" in message:
             yield f"is {type_name(value)} ({shown}), not {article(kind)}.", f"give it {article(kind)}."
         elif hides(spec):
-            yield f"does not match its specification (value hidden; expected {article(kind)}).", "see docs/variables.md."
+            yield (
+                f"does not match its specification (value hidden; expected {article(kind)}).",
+                "see docs/variables.md.",
+            )
         else:
             yield f"does not match its specification: {message.rstrip('.')} ({shown}).", "see docs/variables.md."
 

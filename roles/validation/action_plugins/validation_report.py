@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from ansible import constants as C
+from ansible import constants
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 
@@ -38,7 +38,9 @@ class ActionModule(ActionBase):
         result = super().run(tmp, task_vars)
         result["changed"] = False
         if self._task.check_mode:
-            result.update(skipped=True, skip_reason="validation sends a request through the gateway; check mode must not")
+            result.update(
+                skipped=True, skip_reason="validation sends a request through the gateway; check mode must not"
+            )
             return result
         host, command = (task_vars or {})["inventory_hostname"], str(self._task.args["command"])
         module_arguments = {"argv": [command, "validate", "--json"]}
@@ -53,7 +55,7 @@ class ActionModule(ActionBase):
             return result
         report = json.loads(answer["stdout"])
         for line, passed in lines(report, host):
-            DISPLAY.display(line, color=C.COLOR_OK if passed else C.COLOR_ERROR)
+            DISPLAY.display(line, color=constants.COLOR_OK if passed else constants.COLOR_ERROR)
         failed = [check["id"] for check in report["checks"] if not check["ok"]]
         if failed:
             result.update(failed=True, msg=f"Failed checks: {', '.join(failed)}. Each line above says what to do next.")
