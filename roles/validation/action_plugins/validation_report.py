@@ -37,22 +37,19 @@ class ActionModule(ActionBase):
         """Print the report; return `report`."""
         result = super().run(tmp, task_vars)
         result["changed"] = False
-        if self._task.check_mode:
-            result.update(
-                skipped=True, skip_reason="validation sends a request through the gateway; check mode must not"
-            )
-            return result
         host, command = (task_vars or {})["inventory_hostname"], str(self._task.args["command"])
+        if self._task.check_mode:
+            reason = "validation sends a request through the gateway, which check mode must not"
+            DISPLAY.display(f"SKIPPED [{host}] {reason}", color=constants.COLOR_SKIP)
+            return {**result, "skipped": True, "skip_reason": reason}
         module_arguments = {"argv": [command, "validate", "--json"]}
         answer = self._execute_module("ansible.legacy.command", module_args=module_arguments, task_vars=task_vars)
         if answer.get("rc") not in CHECKS_RAN or not answer.get("stdout"):
             said = " ".join(str(answer.get("stderr") or answer.get("msg") or answer.get("module_stderr")).split())
-            result.update(
-                failed=True,
-                msg=f"{command} validate could not run (exit code {answer.get('rc')}): {said} "
-                "If it is missing, run playbooks/litellm.yml first.",
-            )
-            return result
+            message = f"{command} validate could not check anything (exit code {answer.get('rc')}): {said.rstrip('.')}."
+            if "stdout" not in answer or not answer.get("stderr"):
+                message = f"{command} cannot be run on {host}: {said.rstrip('.')}. Run playbooks/litellm.yml first."
+            return {**result, "failed": True, "msg": message}
         report = json.loads(answer["stdout"])
         for line, passed in lines(report, host):
             DISPLAY.display(line, color=constants.COLOR_OK if passed else constants.COLOR_ERROR)
