@@ -9,3 +9,5 @@ for path in ("roles/preflight", "roles/validation/action_plugins", "playbooks/ac
     sys.path.insert(0, str(ROOT / path))
 # The tools beside this Python, also when pytest was started by its path.
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+# A vault password of the user's shell is none of the tests' business.
+os.environ.pop("ANSIBLE_VAULT_PASSWORD_FILE", None)
