@@ -6,7 +6,6 @@ fails is counted and logged; the client's call goes on.
 """
 
 import functools
-import logging
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
@@ -20,7 +19,6 @@ from litellm_sqlalchemy.errors import SpoolError
 from litellm_sqlalchemy.observer import CallObserver
 from litellm_sqlalchemy.settings import load_settings
 
-_log = logging.getLogger(__name__)
 _Hook = TypeVar("_Hook", bound=Callable[..., Awaitable[Any]])
 
 
@@ -34,8 +32,7 @@ def _guarded(hook: _Hook) -> _Hook:
         except _Refused as error:
             raise error.response from None
         except Exception:
-            self.recorder.failures += 1
-            _log.exception("request log: %s failed; the call goes on", hook.__name__)
+            self.recorder.fail(hook.__name__)
             return None
 
     return guarded  # type: ignore[return-value]
@@ -98,9 +95,12 @@ class RequestLogger(CustomLogger):
         if call is None:
             return
         call.noticed = call.failed = True
-        if not call.accepted:
-            call.describe(user_api_key_dict, request_data, call.caller.get("call_type"))
-        call.error = _error_of(original_exception)
+        try:
+            if not call.accepted:
+                call.describe(user_api_key_dict, request_data, call.caller.get("call_type"))
+            call.error = _error_of(original_exception)
+        finally:
+            call.conclude()
 
     @_guarded
     async def async_post_call_failure_deployment_hook(
@@ -108,7 +108,7 @@ class RequestLogger(CustomLogger):
     ) -> None:
         """One attempt at one deployment has failed."""
         call = current_call.get()
-        if call is not None and call.origin == "client":
+        if call is not None and not _is_health_check(call):
             call.attempts.append(_attempt_of(call, request_data, original_exception))
 
     def _take_event(self, kwargs: dict[str, Any]) -> None:
@@ -116,18 +116,28 @@ class RequestLogger(CustomLogger):
         if not payload:
             return
         call = current_call.get()
-        event = event_of(payload)
-        if call is None or call.origin == "health_check":
-            self._record_internal(call, payload, event)
+        if call is None or _is_health_check(call):
+            self._record_internal(call, payload, event_of(payload))
             return
+        call_id = text(payload.get("litellm_call_id"))
+        if call.accepted and call_id and call_id != call.call_id:
+            return  # a call that LiteLLM made for this one, like a guardrail's: no client's call
         call.noticed = True
+        try:
+            self._take_outcome(call, payload)
+        except Exception:
+            self.recorder.fail("the event")
+            call.event = call.event or {"status": payload.get("status"), "columns": {"cache_hit": None}}
+        call.conclude()
+
+    @staticmethod
+    def _take_outcome(call: Call, payload: dict[str, Any]) -> None:
         if not call.call_id:
             call.call_id = text(payload.get("litellm_call_id"))
         if not call.accepted and not call.caller:
             call.describe(None, {"model": payload.get("model_group") or payload.get("model")}, payload.get("call_type"))
-        if event["status"] != "failure" or call.event.get("status") != "success":
-            call.event = event
-        call.conclude()
+        if payload.get("status") != "failure" or call.event.get("status") != "success":
+            call.event = event_of(payload)
 
     def _record_internal(self, exchange: Call | None, payload: dict[str, Any], event: dict[str, Any]) -> None:
         """Record a call that LiteLLM made by itself: a health check."""
@@ -140,6 +150,11 @@ class RequestLogger(CustomLogger):
         call.accept(None, {"model": payload.get("model")}, payload.get("call_type"))
         call.event = event
         call.finish()
+
+
+def _is_health_check(exchange: Call) -> bool:
+    """Return whether LiteLLM makes the calls of this exchange by itself, to see whether its models answer."""
+    return (exchange.endpoint or "").startswith("/health")
 
 
 def _error_of(error: Exception) -> dict[str, Any]:
@@ -164,7 +179,8 @@ def _attempt_of(call: Call, data: Any, error: Exception) -> dict[str, Any]:
 
 
 def _unavailable(reason: str) -> Exception:
-    return HTTPException(503, {"error": f"the gateway's request log cannot take the call: {reason}"})
+    error: Exception = HTTPException(503, {"error": f"the gateway's request log cannot take the call: {reason}"})
+    return error
 
 
 def _observe(recorder: Recorder) -> None:

@@ -11,7 +11,9 @@ response record after the last byte has gone out.
 import hashlib
 import ipaddress
 import logging
+import re
 import time
+import zlib
 from asyncio import TimerHandle, get_running_loop
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
@@ -21,7 +23,7 @@ import orjson
 
 from litellm_sqlalchemy.frames import Kind
 from litellm_sqlalchemy.identifiers import uuid7
-from litellm_sqlalchemy.redaction import REDACTION_VERSION, redact
+from litellm_sqlalchemy.redaction import REDACTION_VERSION, redact, without_secrets
 from litellm_sqlalchemy.settings import Settings
 from litellm_sqlalchemy.spool import Producer
 
@@ -31,6 +33,10 @@ _log = logging.getLogger(__name__)
 _INDEXED_LENGTH = 512
 _TEXT_LENGTH = 8192
 _INT4_MAX = 2**31 - 1
+#: What LiteLLM calls a key by: its SHA-256, or the master key's name. Anything else may be the key itself.
+_KEY_HASH = re.compile(r"[0-9a-f]{64}|litellm_proxy_master_key")
+#: What LiteLLM puts in the place of content where a client or its own setting asks for it.
+_LITELLM_REDACTED = b"redacted-by-litellm"
 #: The call that the running task works for; LiteLLM runs its logging in the context of the request.
 current_call: ContextVar["Call | None"] = ContextVar("litellm_sqlalchemy_call", default=None)
 
@@ -49,7 +55,7 @@ def text(value: object, length: int = _INDEXED_LENGTH) -> str | None:
 
 def number(value: object) -> int | None:
     """Return a token count as it fits the column, None where there is none."""
-    return min(int(value), _INT4_MAX) if isinstance(value, int | float) and value == value and value >= 0 else None  # noqa: PLR0124
+    return min(int(value), _INT4_MAX) if isinstance(value, int | float) and value == value and value >= 0 else None
 
 
 def milliseconds(value: object) -> float | None:
@@ -101,64 +107,80 @@ class Recorder:
         self.content = settings.content
         self.producer = Producer(settings.spool)
         self.failures = 0
-        self._rejected = _TokenBucket(settings.content.rejected_rate)
+        self.rejections = _Rejections(settings.content.rejected_rate)
 
-    def write(self, kind: Kind, metadata: dict[str, Any], payload: bytes, body: Body | None) -> bool:
-        """Append a record, its payload by policy; return whether it stands in the spool."""
+    def write(self, kind: Kind, metadata: dict[str, Any], payload: bytes, truncated: bool = False) -> bool:
+        """Append a record, its payload by policy; return whether it stands in the spool.
+
+        `truncated` says that the payload is only the beginning of what there was.
+        """
         mode = self.content.mode
+        truncated = truncated or len(payload) > self.content.max_payload_size
         metadata["content_mode"] = mode
         metadata["redaction_version"] = REDACTION_VERSION
-        metadata["payload_size"] = body.size if body else len(payload)
-        metadata["payload_digest"] = body.digest() if body else None
         if mode != "full":
-            payload = redact(payload) if mode == "redacted" and not (body and body.truncated) else b""
-        elif body and body.truncated and payload:
-            metadata["payload_truncated"] = True
-        elif len(payload) > self.content.max_payload_size:
+            payload = redact(payload) if mode == "redacted" and not truncated else b""
+        elif truncated and payload:
             metadata["payload_truncated"] = True
             payload = payload[: self.content.max_payload_size]
         return self.producer.append(kind, orjson.dumps(metadata), payload)
 
-    def admit_rejected(self) -> int:
-        """Return for how many rejected calls a row shall be written now; 0 for none."""
-        return self._rejected.take()
+    def fail(self, what: str) -> None:
+        """Count and log the exception at hand; the client's call goes on."""
+        self.failures += 1
+        _log.exception("request log: %s failed; the call goes on", what)
 
 
-class _TokenBucket:
-    """Lets `rate` events a second pass, with a burst of ten seconds' worth, and counts those it holds back."""
+class _Rejections:
+    """Writes calls that LiteLLM has rejected: at most `rate` a second, after a burst of ten seconds' worth.
+
+    Calls above that are counted, and the last of them is written for all as soon as the rate allows.
+    """
 
     def __init__(self, rate: float) -> None:
         self._rate = rate
         self._tokens = self._capacity = rate * 10
         self._at = time.monotonic()
         self._held = 0
+        self._last: Call | None = None
+        self._timer: TimerHandle | None = None
 
-    def take(self) -> int:
+    def add(self, call: "Call") -> None:
+        self._held += 1
+        self._last = call
+        if self._timer is not None:
+            return
         now = time.monotonic()
         self._tokens = min(self._capacity, self._tokens + (now - self._at) * self._rate)
         self._at = now
-        self._held += 1
-        if self._tokens < 1:
-            return 0
+        if self._tokens >= 1:
+            self._write()
+        else:
+            self._timer = get_running_loop().call_later((1 - self._tokens) / self._rate, self._write)
+
+    def _write(self) -> None:
+        self._timer = None
         self._tokens -= 1
-        held, self._held = self._held, 0
-        return held
+        call, calls = self._last, self._held
+        self._last, self._held = None, 0
+        if call is not None:
+            call.write(calls)
 
 
 class Call:
     """What is known of one client call; LiteLLM's hooks and the ASGI observer fill it in."""
 
     __slots__ = (
-        "_recorder", "_timer", "_written", "accepted", "attempts", "call_id", "caller", "client", "content_type",
-        "data", "disconnected", "done", "ended_at", "endpoint", "error", "event", "failed", "first_byte_at", "gateway",
-        "id", "method", "noticed", "origin", "request", "response", "started", "started_at", "status_code", "streamed",
-        "user_agent",
+        "_recorder", "_timer", "_written", "aborted", "accepted", "attempts", "call_id", "caller", "client",
+        "content_encoding", "content_type", "data", "disconnected", "done", "ended_at", "endpoint", "error", "event",
+        "failed", "first_byte_at", "gateway", "id", "interrupted", "method", "noticed", "origin", "request", "response",
+        "session_id", "started", "started_at", "status_code", "streamed", "user_agent",
     )  # fmt: skip
 
     def __init__(self, recorder: Recorder, gateway: str, origin: str = "client") -> None:
         self._recorder = recorder
         self._timer: TimerHandle | None = None
-        self._written = False
+        self._written: bool | None = None  # whether the request record stands in the spool; None: not tried
         limit = recorder.content.max_payload_size if recorder.content.mode != "metadata" else 0
         self.id = uuid7().hex
         self.gateway = gateway
@@ -173,10 +195,14 @@ class Call:
         self.request = Body(limit)
         self.response = Body(limit)
         self.content_type = b""
+        self.content_encoding = b""
         self.streamed = False
         self.status_code: int | None = None
-        self.disconnected = False
+        self.disconnected = False  # the client hung up before the last byte
+        self.aborted = False  # LiteLLM broke off its answer
+        self.interrupted = False  # the server stopped in the middle of it
         self.call_id: str | None = None
+        self.session_id: str | None = None
         self.noticed = False  # LiteLLM has fired a hook: this exchange is a call
         self.accepted = False  # LiteLLM's pre-call hook was reached
         self.failed = False  # LiteLLM's post-call failure hook was reached
@@ -190,8 +216,10 @@ class Call:
     def accept(self, key: Any, data: Mapping[str, Any], call_type: str | None) -> None:
         """Take note that LiteLLM has accepted the call, and write its request record."""
         self.noticed = self.accepted = True
-        self.describe(key, data, call_type)
-        self.write_request()
+        try:
+            self.describe(key, data, call_type)
+        finally:
+            self.write_request()
 
     def describe(self, key: Any, data: Mapping[str, Any], call_type: str | None) -> None:
         """Take what LiteLLM knows of the caller (UserAPIKeyAuth) and of the request's data."""
@@ -200,29 +228,30 @@ class Call:
         metadata = metadata if isinstance(metadata, dict) else {}
         tags = metadata.get("tags")
         logging_object = data.get("litellm_logging_obj")  # all that a pass-through call has
-        call_id = data.get("litellm_call_id") or getattr(logging_object, "litellm_call_id", None)
-        self.call_id = text(call_id) or self.call_id
+        call_id = text(data.get("litellm_call_id") or getattr(logging_object, "litellm_call_id", None))
+        if call_id and (self.accepted or not self.call_id):  # for rejected calls LiteLLM makes up an id of its own
+            self.call_id = call_id
         self.caller = {
             "call_type": text(call_type),
             "trace_id": text(data.get("litellm_trace_id") or metadata.get("trace_id")),
-            "session_id": text(data.get("litellm_session_id") or metadata.get("session_id")),
+            "session_id": text(self.session_id or data.get("litellm_session_id") or metadata.get("session_id")),
             "model": text(data.get("model")),
             "stream": data.get("stream") is True,
-            "key_hash": text(getattr(key, "api_key", None)),
+            "key_hash": _key_hash(getattr(key, "api_key", None)),
             "key_alias": text(getattr(key, "key_alias", None)),
             "user_id": text(getattr(key, "user_id", None)),
             "team_id": text(getattr(key, "team_id", None)),
             "organization_id": text(getattr(key, "org_id", None)),
-            "end_user": text(getattr(key, "end_user_id", None) or data.get("user")),
+            "end_user": text(getattr(key, "end_user_id", None) or self._client_body().get("user")),
             "tags": [tag for tag in map(text, tags) if tag] if isinstance(tags, list) else None,
         }
 
     def write_request(self, calls: int = 1) -> None:
         """Write the request record, once."""
-        if self._written:
+        if self._written is not None:
             return
         content = self._recorder.content
-        metadata = {
+        known = {
             "id": self.id,
             "created_at": self.started_at,
             "gateway": self.gateway,
@@ -234,80 +263,134 @@ class Call:
             "stream": False,
             "client_address": self.client if content.client_address else None,
             "user_agent": text(self.user_agent) if content.user_agent else None,
-            **self.caller,
+            "payload_size": self.request.size,
+            "payload_digest": self.request.digest(),
         }
-        self._written = self._recorder.write(Kind.REQUEST, metadata, self._request_payload(), self.request)
+        self._written = False
+        try:
+            payload, truncated = self._request_payload()
+            payload = without_secrets(payload)
+            self._written = self._recorder.write(Kind.REQUEST, {**known, **self.caller}, payload, truncated)
+        except Exception:  # something in the request that nobody thought of: the call itself is recorded all the same
+            self._recorder.fail("the request record")
+            self._written = self._recorder.write(Kind.REQUEST, known, b"")
 
     def conclude(self) -> None:
-        """End the call where all is known: the exchange has ended and LiteLLM has told the outcome."""
-        if self.done or not self.ended_at:
+        """End the call where all is known: the exchange has ended and LiteLLM has told the outcome.
+
+        An exchange that LiteLLM fires no hook for is no call: a model list, a health probe, a page.
+        """
+        if self.done or not self.ended_at or not self.noticed:
             return
-        if not self.noticed:
-            self.done = True  # no call: a model list, a health probe, a page
-        elif self.event.get("status") == "success" or self.failed or (self.status_code or 0) >= 400:
+        if self.event.get("status") == "success" or self.failed or self.interrupted or (self.status_code or 0) >= 400:
             self.finish()
         elif self._timer is None:
             self._timer = get_running_loop().call_later(self._recorder.content.event_timeout, self.finish)
 
     def finish(self) -> None:
-        """Write the response record, once."""
+        """Write what is to be written of the call, once."""
         if self.done:
             return
         self.done = True
         if self._timer is not None:
             self._timer.cancel()
-        if not self.accepted:
-            calls = self._recorder.admit_rejected()
-            if not calls:
-                return
-            self.write_request(calls)
+        if self.accepted or self.event.get("status") == "success":
+            self.write()
+        else:
+            self._recorder.rejections.add(self)
+
+    def write(self, calls: int = 1) -> None:
+        """Write the response record, and the request record where it is not written yet."""
+        self.write_request(calls)
         if not self._written:
             self._recorder.producer.skip()  # a response without its request fits no table: counted with it
             return
-        self._recorder.write(Kind.RESPONSE, self._response_metadata(), *self._response_payload())
+        try:
+            payload, truncated = self._response_payload()
+            self._recorder.write(Kind.RESPONSE, self._response_metadata(), payload, truncated)
+        except Exception:
+            self._recorder.fail("the response record")
+            self._recorder.write(Kind.RESPONSE, self._outcome(), b"")
 
     def _status(self) -> str:
         if self.disconnected or self.event.get("error_code") == "499":
             return "client_disconnected"
-        if self.failed or (self.status_code or 200) >= 400 or self.event.get("status") == "failure":
+        if self.interrupted:
+            return "interrupted"
+        if self.failed or self.aborted or (self.status_code or 200) >= 400 or self.event.get("status") == "failure":
             return "failure"
         return "success"
 
-    def _response_metadata(self) -> dict[str, Any]:
-        event = self.event
-        status = self._status()
-        error = {} if status == "success" else {**_without_none(event.get("error")), **self.error}
+    def _outcome(self) -> dict[str, Any]:
+        """Return what the exchange itself tells."""
         return {
             "request_id": self.id,
             "created_at": self.started_at + int((self.ended_at - self.started) * 1e6),
-            "status": status,
+            "status": self._status(),
             "status_code": self.status_code,
-            **event.get("columns", {}),
-            **error,
             "duration_ms": milliseconds((self.ended_at - self.started) * 1000),
+            "attempt_count": len(self.attempts),
+            "payload_size": self.response.size,
+            "payload_digest": None if self.streamed else self.response.digest(),
+        }
+
+    def _response_metadata(self) -> dict[str, Any]:
+        outcome, event = self._outcome(), self.event
+        succeeded = outcome["status"] == "success"
+        return {
+            **event.get("columns", {}),
+            **({} if succeeded else {**_without_none(event.get("error")), **self.error}),
+            **outcome,
             "time_to_first_token_ms": milliseconds((self.first_byte_at - self.started) * 1000)
-            if self.first_byte_at and status != "failure"
+            if self.first_byte_at and outcome["status"] != "failure"
             else None,
-            "attempt_count": len(self.attempts) + (event.get("status") == "success"),
+            "attempt_count": len(self.attempts) + self._last_attempt(),
             "attempts": self.attempts or None,
         }
 
-    def _request_payload(self) -> bytes:
-        if self.request.size and not self._is_multipart():
-            return self.request.content()
+    def _last_attempt(self) -> int:
+        """Return 1 where a provider has answered, however far: that attempt is not among the failed ones."""
+        if self.event.get("status") == "success":
+            return 0 if self.event["columns"]["cache_hit"] else 1
+        return int(self.streamed and self.status_code == 200)
+
+    def _client_body(self) -> Mapping[str, Any]:
+        """Return the request's data as the client sent it, before LiteLLM adds to it."""
+        body = (self.data.get("proxy_server_request") or {}).get("body")
+        return body if isinstance(body, dict) else self.data
+
+    def _request_payload(self) -> tuple[bytes, bool]:
+        """Return the body, of a form its fields without the files; and whether it is only a beginning."""
         if not self._is_multipart():
-            return b""
-        fields = {key: value for key, value in self.data.items() if isinstance(value, str | int | float | bool)}
-        return orjson.dumps(fields)
+            return self.request.content(), self.request.truncated
+        fields = {k: v for k, v in self._client_body().items() if isinstance(v, str | int | float | bool)}
+        return orjson.dumps(fields), False
 
     def _is_multipart(self) -> bool:
         return self.content_type.startswith(b"multipart/")
 
-    def _response_payload(self) -> tuple[bytes, Body | None]:
+    def _response_payload(self) -> tuple[bytes, bool]:
+        """Return the body, and whether it is only a beginning.
+
+        Of a stream: the answer that LiteLLM assembled or, without one, what was streamed.
+        """
         if self.streamed or not self.response.size:
             assembled = self.event.get("response")
-            return (orjson.dumps(assembled, default=str) if assembled else b""), None
-        return self.response.content(), self.response
+            payload = orjson.dumps(assembled, default=str) if assembled else b""
+            if payload and not (self.response.size and _LITELLM_REDACTED in payload):
+                return payload, False
+        content = self.response.content()
+        if self.content_encoding == b"gzip":
+            limit = self._recorder.content.max_payload_size + 1  # one more byte shows that there are more
+            content = zlib.decompressobj(wbits=31).decompress(content, limit)
+        return content, self.response.truncated
+
+
+def _key_hash(key: object) -> str | None:
+    """Return LiteLLM's name of a key; it hashes only keys that begin with `sk-`, so others are hashed here."""
+    if not isinstance(key, str) or not key:
+        return None
+    return key if _KEY_HASH.fullmatch(key) else hashlib.sha256(key.encode(errors="replace")).hexdigest()
 
 
 def _without_none(mapping: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -322,6 +405,7 @@ def event_of(payload: Mapping[str, Any]) -> dict[str, Any]:
     hidden = payload.get("hidden_params") or {}
     error = payload.get("error_information") or {}
     metadata = payload.get("metadata") or {}
+    cache_hit = bool(payload.get("cache_hit"))
     usage = metadata.get("usage_object") or {}
     response = payload.get("response")
     return {
@@ -332,15 +416,15 @@ def event_of(payload: Mapping[str, Any]) -> dict[str, Any]:
             "error_code": text(error.get("error_code")),
             "error_message": text(error.get("error_message") or payload.get("error_str"), _TEXT_LENGTH),
         },
-        "response": response,
+        "response": None if payload.get("call_type") == "pass_through_endpoint" else response,
         "columns": {
             "model": text(payload.get("model")),
             "provider": text(payload.get("custom_llm_provider")),
             "deployment": text(payload.get("model_id")),
             "api_base": text(payload.get("api_base")),
-            "provider_response_id": text(payload.get("id")),
+            "provider_response_id": _provider_response_id(payload, cache_hit),
             "finish_reason": text(_finish_reason(response)),
-            "cache_hit": bool(payload.get("cache_hit")),
+            "cache_hit": cache_hit,
             "prompt_tokens": number(payload.get("prompt_tokens")),
             "completion_tokens": number(payload.get("completion_tokens")),
             "total_tokens": number(payload.get("total_tokens")),
@@ -353,6 +437,14 @@ def event_of(payload: Mapping[str, Any]) -> dict[str, Any]:
             "guardrails": payload.get("guardrail_information") or None,
         },
     }
+
+
+def _provider_response_id(payload: Mapping[str, Any], cache_hit: bool) -> str | None:
+    """Return the provider's id; where there is none LiteLLM says the call id, and it marks those of cache hits."""
+    name = text(payload.get("id"))
+    if name is None or name == payload.get("litellm_call_id"):
+        return None
+    return name.partition("_cache_hit")[0] if cache_hit else name
 
 
 def _detail(usage: Mapping[str, Any], name: str, *groups: str) -> object:

@@ -21,16 +21,18 @@ from litellm_sqlalchemy import frames
 from litellm_sqlalchemy.errors import SpoolError
 from litellm_sqlalchemy.frames import Damage, Frame, Kind
 from litellm_sqlalchemy.records import identifier
-from litellm_sqlalchemy.spool import Lock, open_directory, replace_file
+from litellm_sqlalchemy.spool import Lock, open_directory, read_counters, replace_file, reserve_space
 from litellm_sqlalchemy.store import DeadLetter, Delivery
 
-#: Bytes read from a segment at once; a longer frame doubles it.
+#: Bytes read from a segment at once; a longer frame doubles it. A batch ends when it holds as much.
 _READ_SIZE = 4 * 1024 * 1024
+#: Bytes kept allocated for the next `state.json`: a full disk must not keep the writer from making room on it.
+_STATE_RESERVE = 64 * 1024
 
 
 @dataclass
 class Cursor:
-    """How far a producer's frames are delivered."""
+    """How far a producer's frames are delivered; `sequence` is -1 while nothing is known of the frames before."""
 
     segment: int = 1
     offset: int = 0
@@ -65,8 +67,12 @@ class Batch:
     frames: list[Frame]
     damages: list[Damage]
     cursor: Cursor
-    finished: bool
+    finished: bool = False
     """Whether the producer is gone and this is the last of it."""
+    full: bool = False
+    """Whether the producer has more to read."""
+    size: int = 0
+    """Bytes of the frames."""
 
 
 class Consumer:
@@ -75,9 +81,19 @@ class Consumer:
     def __init__(self, directory: Path) -> None:
         """Take the writer's lock. Raises SpoolError, LockedError."""
         self.directory = open_directory(directory, create=True)
-        self._lock = Lock(directory / "writer.lock")
         self._state = directory / "state.json"
-        self.totals, self._cursors = read_state(directory)
+        try:
+            self._lock = Lock(directory / "writer.lock")
+            self.totals, cursors = read_state(directory)
+            self._cursors = {name: cursor for name, cursor in cursors.items() if name in producers(directory)}
+            for leftover in (
+                *directory.glob(".*.*"),
+                *(directory / "dead").glob(".*.*"),
+            ):  # of a writer that was killed
+                leftover.unlink()
+        except OSError as error:
+            raise SpoolError(f"spool directory {directory} cannot be used: {error.strerror}") from None
+        reserve_space(self._state, _STATE_RESERVE)
 
     def close(self) -> None:
         """Let go of the lock."""
@@ -87,7 +103,8 @@ class Consumer:
         """Yield one batch of at most `limit` frames of each producer that has any, or that has ended."""
         for producer in producers(self.directory):
             batch = self._read(producer, limit)
-            if batch.frames or batch.damages or batch.finished:
+            before = self._cursors.get(producer, Cursor())
+            if batch.frames or batch.damages or batch.finished or batch.cursor.segment > before.segment:
                 yield batch
 
     def account(self, batch: Batch, delivery: Delivery) -> None:
@@ -96,6 +113,8 @@ class Consumer:
         dead = {letter.frame.sequence for letter in delivery.dead}
         is_open = dict.fromkeys(cursor.open)
         cursor.damaged |= bool(batch.damages)
+        if cursor.sequence < 0 and batch.frames:
+            cursor.sequence = batch.frames[0].sequence - 1
         for frame in batch.frames:
             if frame.sequence <= cursor.sequence:
                 continue  # written again after a failed fsync
@@ -117,10 +136,22 @@ class Consumer:
             else:
                 totals.delivered_responses += 1
                 is_open.pop(call, None)
-        if batch.finished and cursor.damaged:
-            totals.damaged += 1  # a torn frame at the very end: none came after it to tell its number
+        if batch.finished:
+            self._account_end(batch)
         totals.duplicates += delivery.duplicates
         cursor.open = list(is_open)
+
+    def _account_end(self, batch: Batch) -> None:
+        """Count what a producer that is gone lost at its end, where no frame came after to tell."""
+        cursor = batch.cursor
+        counters = read_counters(self.directory / "producers" / batch.producer)
+        lost = max(counters.get("received", 0) - max(cursor.sequence, 0), 0)
+        if cursor.damaged:
+            self.totals.damaged += max(lost, 1)  # a torn frame; its producer may not have counted it any more
+        else:
+            self.totals.dropped += lost
+        cursor.sequence += lost
+        cursor.damaged = False
 
     def retire(self, batch: Batch, delivery: Delivery) -> None:
         """Remember, durably, that an accounted batch is delivered; then remove what is no longer needed."""
@@ -129,14 +160,13 @@ class Consumer:
             replace_file(self.directory / "dead" / name, damage.content)
         for letter in delivery.dead:
             self._bury(batch.producer, letter)
-        if batch.finished:
-            self._cursors.pop(batch.producer, None)
-        else:
-            self._cursors[batch.producer] = batch.cursor
+        self._cursors[batch.producer] = batch.cursor
         self._save()
         folder = self.directory / "producers" / batch.producer
         if batch.finished:
+            batch.cursor.open = []
             shutil.rmtree(folder)
+            del self._cursors[batch.producer]  # not before: what is left of the folder must not be delivered again
             return
         for file in folder.glob("*.seg"):
             if int(file.stem) < batch.cursor.segment:
@@ -145,16 +175,16 @@ class Consumer:
     def _read(self, producer: str, limit: int) -> Batch:
         folder = self.directory / "producers" / producer
         ended = has_ended(folder)  # before the files are listed: what a dead producer left is all there is
-        before = self._cursors.get(producer, Cursor())
-        cursor = Cursor(**asdict(before))
-        batch = Batch(producer, [], [], cursor, False)
         segments = sorted(int(file.stem) for file in folder.glob("*.seg"))
+        known = self._cursors.get(producer)
+        cursor = Cursor(**asdict(known)) if known else Cursor(sequence=-1 if segments and segments[0] > 1 else 0)
+        batch = Batch(producer, [], [], cursor)
         for number in (segment for segment in segments if segment >= cursor.segment):
             if number > cursor.segment:
                 cursor.segment, cursor.offset = number, 0
             last = number == segments[-1]
-            drained = self._read_segment(folder, batch, limit, complete=ended or not last)
-            if not drained:
+            batch.full = not self._read_segment(folder, batch, limit, complete=ended or not last)
+            if batch.full:
                 return batch
         batch.finished = ended
         return batch
@@ -164,16 +194,18 @@ class Consumer:
         """Add what a segment holds; return whether nothing is left in it that can be read now."""
         cursor = batch.cursor
         size = _READ_SIZE
+        seed = frames.seed_of(batch.producer)
         with (folder / f"{cursor.segment:010}.seg").open("rb") as file:
             end = os.fstat(file.fileno()).st_size
             while cursor.offset < end:
                 data = os.pread(file.fileno(), size, cursor.offset)
                 reaches_end = cursor.offset + len(data) >= end
                 start = cursor.offset
-                for found, behind in frames.decode(data, complete=complete and reaches_end):
+                for found, behind in frames.decode(data, complete=complete and reaches_end, seed=seed):
+                    batch.size += start + behind - cursor.offset
                     cursor.offset = start + behind
                     (batch.damages if isinstance(found, Damage) else batch.frames).append(found)  # type: ignore[arg-type]
-                    if len(batch.frames) >= limit:
+                    if len(batch.frames) >= limit or batch.size >= _READ_SIZE:
                         return False
                 if reaches_end:
                     return True
@@ -197,6 +229,7 @@ class Consumer:
             "producers": {producer: asdict(cursor) for producer, cursor in self._cursors.items()},
         }
         replace_file(self._state, orjson.dumps(content))
+        reserve_space(self._state, _STATE_RESERVE)
 
 
 def read_state(directory: Path) -> tuple[Totals, dict[str, Cursor]]:
@@ -243,11 +276,12 @@ def last_sequence(directory: Path, producer: str, cursor: Cursor) -> tuple[int, 
         if number < cursor.segment:
             continue
         try:
-            data = file.read_bytes()
+            with file.open("rb") as segment:
+                segment.seek(cursor.offset if number == cursor.segment else 0)
+                data = segment.read()
         except FileNotFoundError:
             continue
-        offset = cursor.offset if number == cursor.segment else 0
-        for found, _behind in frames.decode(data, offset, complete=False):
+        for found, _behind in frames.decode(data, complete=False, seed=frames.seed_of(producer)):
             if isinstance(found, Frame) and found.sequence > highest:
                 pending, highest = pending + 1, found.sequence
     return pending, highest

@@ -6,6 +6,9 @@ The body is the length of the metadata (4 bytes), the metadata as a JSON object,
 
 Sequence numbers count what the producer wanted to write: a gap is what it had to drop. The header's own CRC lets a
 reader trust a length before it has read the body, so that a damaged body costs one frame and no more.
+
+Both CRCs start from a seed that only the spool knows (the name of the producer's folder). A payload is what a client
+sent: bytes in it that look like a frame are none, however the file around them was damaged.
 """
 
 import struct
@@ -29,6 +32,9 @@ class Kind(IntEnum):
     RESPONSE = 2
 
 
+_KINDS = frozenset(Kind)
+
+
 class Frame(NamedTuple):
     """One record: its kind, its sequence number in its producer, metadata (JSON) and payload as bytes."""
 
@@ -45,67 +51,80 @@ class Damage(NamedTuple):
     content: bytes
 
 
-def encode(frame: Frame) -> bytes:
+def seed_of(producer: str) -> int:
+    """Return the seed of the CRCs in a producer's segments."""
+    return crc32(producer.encode())
+
+
+def encode(frame: Frame, seed: int = 0) -> bytes:
     """Return the bytes of a frame."""
     body_length = _LENGTH.size + len(frame.metadata) + len(frame.payload)
     head = _HEAD.pack(MAGIC, FORMAT_VERSION, frame.kind, frame.sequence, body_length)
     length = _LENGTH.pack(len(frame.metadata))
-    crc = crc32(frame.payload, crc32(frame.metadata, crc32(length)))
-    return b"".join((head, _CRCS.pack(crc32(head), crc), length, frame.metadata, frame.payload))
+    crc = crc32(frame.payload, crc32(frame.metadata, crc32(length, seed)))
+    return b"".join((head, _CRCS.pack(crc32(head, seed), crc), length, frame.metadata, frame.payload))
 
 
-def decode(data: bytes, offset: int = 0, *, complete: bool) -> Iterator[tuple[Frame | Damage, int]]:
-    """Yield what stands in `data` from `offset`, each with the offset behind it.
+def decode(data: bytes, *, complete: bool, seed: int = 0) -> Iterator[tuple[Frame | Damage, int]]:
+    """Yield what stands in `data`, each with the offset behind it.
 
     `complete` says that nothing will be appended any more: what is cut short at the end is then damage, otherwise it
     is left for the next read.
     """
-    size = len(data)
+    size, offset = len(data), 0
     while offset < size:
         start = offset
-        body = _body_length(data, offset)
+        body = _body_length(data, offset, seed)
         if body is None:
             if size - offset < HEADER_SIZE and not complete:
                 return
-            offset = _next_header(data, offset + 1)
+            offset = _next_header(data, offset + 1, seed)
             if offset == size and not complete:
                 return  # the rest may be a header that is still being written
             yield Damage("torn frame" if offset == size else "damaged header", data[start:offset]), offset
             continue
-        end = offset + HEADER_SIZE + body
-        if end > size:
-            if complete:
-                yield Damage("torn frame", data[start:]), size
+        offset += HEADER_SIZE + body
+        if offset > size and not complete:
             return
-        offset = end
-        yield _frame(data, start, end), end
+        frame = _frame(data, start, offset, seed) if offset <= size else None
+        if frame is not None:
+            yield frame, offset
+        else:
+            reason = "CRC mismatch" if offset <= size else "torn frame"
+            if offset != size and _body_length(data, offset, seed) is None:  # bytes are missing, or too many
+                behind = _next_header(data, start + 1, seed)
+                offset = behind if complete or behind < size else offset
+            yield Damage(reason, data[start:offset]), offset
 
 
-def _body_length(data: bytes, offset: int) -> int | None:
+def _body_length(data: bytes, offset: int, seed: int) -> int | None:
     """Return the body length of the valid header at `offset`, None where there is none."""
     if len(data) - offset < HEADER_SIZE:
         return None
     head = data[offset : offset + _HEAD.size]
     magic, version, _kind, _sequence, length = _HEAD.unpack(head)
-    if magic != MAGIC or version != FORMAT_VERSION or _CRCS.unpack_from(data, offset + _HEAD.size)[0] != crc32(head):
+    if magic != MAGIC or version != FORMAT_VERSION:
         return None
-    return int(length)
+    return int(length) if _CRCS.unpack_from(data, offset + _HEAD.size)[0] == crc32(head, seed) else None
 
 
-def _next_header(data: bytes, offset: int) -> int:
+def _next_header(data: bytes, offset: int, seed: int) -> int:
     """Return the offset of the next valid header, or the size of the data."""
     while (offset := data.find(MAGIC, offset)) >= 0:
-        if _body_length(data, offset) is not None:
+        if _body_length(data, offset, seed) is not None:
             return offset
         offset += 1
     return len(data)
 
 
-def _frame(data: bytes, start: int, end: int) -> Frame | Damage:
-    _magic, _version, kind, sequence, _length = _HEAD.unpack_from(data, start)
+def _frame(data: bytes, start: int, end: int, seed: int) -> Frame | None:
+    """Return the frame between `start` and `end`, None where its body is not what was written."""
+    _magic, _version, kind, sequence, length = _HEAD.unpack_from(data, start)
     body = start + HEADER_SIZE
-    if _CRCS.unpack_from(data, start + _HEAD.size)[1] != crc32(data[body:end]):
-        return Damage("CRC mismatch", data[start:end])
+    if length < _LENGTH.size or _CRCS.unpack_from(data, start + _HEAD.size)[1] != crc32(data[body:end], seed):
+        return None
     (metadata_length,) = _LENGTH.unpack_from(data, body)
     payload = body + _LENGTH.size + metadata_length
+    if kind not in _KINDS or payload > end:
+        return None
     return Frame(Kind(kind), sequence, data[body + _LENGTH.size : payload], data[payload:end])

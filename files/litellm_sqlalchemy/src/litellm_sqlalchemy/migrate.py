@@ -18,7 +18,13 @@ from litellm_sqlalchemy.settings import RoleSettings, Settings
 #: back, change or delete it.
 PRIVILEGES: dict[str, dict[str, tuple[str, ...]]] = {
     "writer": {"requests": ("INSERT",), "responses": ("INSERT",), "alembic_version": ("SELECT",)},
-    "reader": {"requests": ("SELECT",), "responses": ("SELECT",), "alembic_version": ("SELECT",)},
+    "reader": {
+        "requests": ("SELECT",),
+        "responses": ("SELECT",),
+        "calls": ("SELECT",),
+        "daily_usage": ("SELECT",),
+        "alembic_version": ("SELECT",),
+    },
     "maintainer": {
         "requests": ("SELECT", "DELETE", "MAINTAIN"),
         "responses": ("SELECT", "DELETE", "MAINTAIN"),

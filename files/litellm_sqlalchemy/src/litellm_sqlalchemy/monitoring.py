@@ -12,7 +12,7 @@ from litellm_sqlalchemy.consumer import Consumer, producers
 from litellm_sqlalchemy.database import ErrorClass
 from litellm_sqlalchemy.errors import SettingsError
 from litellm_sqlalchemy.settings import Settings
-from litellm_sqlalchemy.spool import segment_sizes
+from litellm_sqlalchemy.spool import read_counters, segment_sizes
 from litellm_sqlalchemy.store import Delivery
 
 
@@ -99,7 +99,7 @@ class Monitor:
         for fate in ("delivered_requests", "delivered_responses", "duplicates", "dead", "damaged", "dropped"):
             self._frames.labels(fate).set(getattr(totals, fate))
         directory = self._consumer.directory
-        counters = [_counters(directory / "producers" / name / "counters.json") for name in producers(directory)]
+        counters = [read_counters(directory / "producers" / name) for name in producers(directory)]
         for fate in ("received", "dropped"):
             self._events.labels(fate).set(sum(counter.get(fate, 0) for counter in counters))
         segments = list(segment_sizes(directory))
@@ -114,14 +114,6 @@ class Monitor:
         if self._health.cause:
             return {"status": "degraded", "cause": self._health.cause, "message": self._health.message}
         return {"status": "ok"}
-
-
-def _counters(file: object) -> dict[str, int]:
-    try:
-        content: dict[str, int] = orjson.loads(open(str(file), "rb").read())  # noqa: SIM115
-    except (OSError, ValueError):
-        return {}
-    return content
 
 
 class _Handler(BaseHTTPRequestHandler):

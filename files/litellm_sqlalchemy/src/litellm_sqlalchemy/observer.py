@@ -1,6 +1,7 @@
 """An ASGI application around LiteLLM's: it sees every exchange whole, and changes nothing of it."""
 
 import time
+from asyncio import CancelledError
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -22,10 +23,10 @@ class CallObserver:
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """Pass everything through, both ways, as it is."""
-        if scope["type"] != "http":
+        call = self._open(scope) if scope["type"] == "http" else None
+        if call is None:
             await self._app(scope, receive, send)
             return
-        call = self._open(scope)
         last_byte_sent = False
 
         async def observed_receive() -> Message:
@@ -38,43 +39,64 @@ class CallObserver:
 
         async def observed_send(message: Message) -> None:
             nonlocal last_byte_sent
-            if message["type"] == "http.response.start":
-                _note_start(call, message)
-            elif message["type"] == "http.response.body":
-                if not call.first_byte_at:
-                    call.first_byte_at = time.perf_counter()
-                call.response.add(message.get("body", b""))
-                last_byte_sent = not message.get("more_body")
+            try:
+                if message["type"] == "http.response.start":
+                    _note_start(call, message)
+                elif message["type"] == "http.response.body":
+                    if not call.first_byte_at:
+                        call.first_byte_at = time.perf_counter()
+                    call.response.add(message.get("body", b""))
+                    if not message.get("more_body"):
+                        call.disconnected = call.disconnected or _is_gone(receive)
+                        last_byte_sent = True
+            except Exception:
+                self._recorder.fail("the observer")
             await send(message)
 
         try:
             await self._app(scope, observed_receive, observed_send)
+        except CancelledError:
+            call.interrupted = True  # the server gives up on the exchange
+            raise
+        except Exception:
+            call.aborted = True  # the server will cut the connection: not the client's doing
+            raise
         finally:
-            call.ended_at = time.perf_counter()
-            if not last_byte_sent and call.status_code is not None:
-                call.disconnected = True
-            call.conclude()
-            if call.done and call.noticed:
+            self._close(call, last_byte_sent)
+            if call.done:
                 await self._recorder.producer.synced()
 
-    def _open(self, scope: MutableMapping[str, Any]) -> Call:
-        server = scope.get("server")
-        port = f":{server[1]}" if server else ""
-        path = scope.get("path", "")
-        origin = "health_check" if path == "/health" else "client"
-        call = Call(self._recorder, f"{self._recorder.settings.gateway.name}{port}", origin)
-        call.method = scope.get("method")
-        call.endpoint = path
-        call.client = client_address(scope)
-        for name, value in scope.get("headers", ()):
-            if name == b"user-agent":
-                call.user_agent = value.decode("latin-1")
-            elif name == b"content-type":
-                call.content_type = value
-            elif name == b"x-litellm-call-id":
-                call.call_id = value.decode("latin-1")[:256]
+    def _open(self, scope: MutableMapping[str, Any]) -> Call | None:
+        try:
+            server = scope.get("server")
+            port = f":{server[1]}" if server else ""
+            call = Call(self._recorder, f"{self._recorder.settings.gateway.name}{port}")
+            call.method = scope.get("method")
+            call.endpoint = scope.get("path", "")
+            call.client = client_address(scope)
+            for name, value in scope.get("headers", ()):
+                if name == b"user-agent":
+                    call.user_agent = value.decode("latin-1")
+                elif name == b"content-type":
+                    call.content_type = value
+                elif name == b"x-litellm-call-id":
+                    call.call_id = value.decode("latin-1")[:256]
+                elif name == b"x-litellm-session-id":
+                    call.session_id = value.decode("latin-1")
+        except Exception:
+            self._recorder.fail("the observer")
+            call = None
         current_call.set(call)
         return call
+
+    def _close(self, call: Call, last_byte_sent: bool) -> None:
+        try:
+            call.ended_at = time.perf_counter()
+            if not last_byte_sent and call.status_code is not None and not (call.aborted or call.interrupted):
+                call.disconnected = True
+            call.conclude()
+        except Exception:
+            self._recorder.fail("the observer")
 
 
 def _note_start(call: Call, message: Message) -> None:
@@ -82,5 +104,19 @@ def _note_start(call: Call, message: Message) -> None:
     for name, value in message.get("headers", ()):
         if name == b"content-type":
             call.streamed = value.startswith(b"text/event-stream")
+        elif name == b"content-encoding":
+            call.content_encoding = value
         elif name == b"x-litellm-call-id":
             call.call_id = value.decode("latin-1")[:256]
+
+
+def _is_gone(receive: Receive) -> bool:
+    """Look, without waiting, whether the server has seen the client hang up; all of the request was read by now."""
+    waiting = receive().__await__()
+    try:
+        next(waiting)  # runs until it would have to wait for a message
+    except StopIteration as result:
+        return bool(result.value["type"] == "http.disconnect")
+    finally:
+        waiting.close()
+    return False

@@ -1,5 +1,6 @@
 """What is kept of a payload: all of it, its shape without its words, or nothing."""
 
+import re
 from typing import Any
 
 import orjson
@@ -11,6 +12,20 @@ _REDACTED = "[redacted]"
 _KEPT_KEYS = frozenset(
     {"model", "role", "type", "object", "id", "finish_reason", "stop_reason", "tool_choice", "name", "code", "created"}
 )
+#: A member of a JSON object whose value is a credential, as clients may send them to LiteLLM; and what each holds.
+_SECRET = re.compile(
+    rb'("[\w-]*(?:(?:api|private|secret)[_-]?key|access[_-]key(?:[_-]id)?|secret|[_-]token|password|credentials|'
+    rb'authorization)"\s*:\s*)"(?:[^"\\]|\\.)*"',
+    re.IGNORECASE,
+)
+_SECRET_HINTS = (b'key"', b'id"', b'secret"', b'token"', b'password"', b'credentials"', b'authorization"')
+
+
+def without_secrets(payload: bytes) -> bytes:
+    """Return a JSON request with the values of credentials replaced, in every mode; other bytes stay as they are."""
+    if not any(hint in payload for hint in _SECRET_HINTS):
+        return payload
+    return _SECRET.sub(rb'\1"[redacted]"', payload)
 
 
 def redact(payload: bytes) -> bytes:
@@ -19,7 +34,10 @@ def redact(payload: bytes) -> bytes:
         content = orjson.loads(payload)
     except orjson.JSONDecodeError:
         return b""
-    return orjson.dumps(_redacted(content))
+    try:
+        return orjson.dumps(_redacted(content))
+    except RecursionError:
+        return b""
 
 
 def _redacted(value: Any) -> Any:
@@ -28,5 +46,7 @@ def _redacted(value: Any) -> Any:
             key: item if key in _KEPT_KEYS and isinstance(item, str) else _redacted(item) for key, item in value.items()
         }
     if isinstance(value, list):
+        if value and all(isinstance(item, int | float) for item in value):
+            return _REDACTED  # tokens or a vector: words in another form
         return [_redacted(item) for item in value]
     return _REDACTED if isinstance(value, str) else value

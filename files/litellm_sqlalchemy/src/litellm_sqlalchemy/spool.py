@@ -7,7 +7,7 @@
       producers/<uuid>/           one per gateway process, so that none waits for another
         lock                      held while the process lives
         0000000001.seg ...        frames; only the last one grows
-        counters.json             the process's own counters, for the metrics
+        counters.json             the process's own counters: what it wanted to write, what it had to drop
       dead/                       what PostgreSQL refused for good, with the reason
 
 A producer only appends; the writer only reads and unlinks. What counts as delivered is what the database committed:
@@ -34,9 +34,14 @@ from litellm_sqlalchemy.settings import SpoolSettings
 _log = logging.getLogger(__name__)
 
 FORMAT = "1"
-#: Seconds between two attempts to open a spool that failed, and between two counter files.
+#: Seconds between two attempts to write to a disk that failed, two looks at a spool that is full, two counter files.
 _RETRY_INTERVAL = 1.0
+_FULL_INTERVAL = 0.1
 _COUNTERS_INTERVAL = 5.0
+#: Bytes of a counter file: padded, so that writing it again needs no space on a full disk.
+_COUNTERS_SIZE = 512
+#: With `when_full: refuse`, the part of `max_size` that is kept for what accepted calls have still to write.
+_REFUSE_PART = 16
 
 
 def open_directory(directory: Path, *, create: bool = False) -> Path:
@@ -50,11 +55,13 @@ def open_directory(directory: Path, *, create: bool = False) -> Path:
         raise SpoolError(f"spool directory {directory} is not writable for uid {os.geteuid()}: check owner and mode")
     marker = directory / "format"
     try:
-        found = marker.read_text().strip()
+        found = marker.read_text(errors="replace").strip()
     except FileNotFoundError:
         found = FORMAT
         if create:
             _initialise(directory)
+    except OSError as error:
+        raise SpoolError(f"{marker} cannot be read: {error.strerror}") from None
     if found != FORMAT:
         raise SpoolError(
             f"spool directory {directory} has format {found!r:.20}, this version reads {FORMAT!r}: "
@@ -73,16 +80,38 @@ def _initialise(directory: Path) -> None:
 
 
 def replace_file(file: Path, content: bytes) -> None:
-    """Put `content` in the place of `file`, atomically and durably."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o660)
+    """Put `content` in the place of `file`, atomically and durably; on an error `file` stays as it was."""
+    temporary = _temporary(file)
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT, 0o660)
     try:
-        os.write(descriptor, content)
+        written = 0
+        while written < len(content):
+            written += os.write(descriptor, content[written:])
+        os.ftruncate(descriptor, written)
         os.fsync(descriptor)
+    except OSError:
+        temporary.unlink()
+        raise
     finally:
         os.close(descriptor)
     os.replace(temporary, file)
     sync_directory(file.parent)
+
+
+def reserve_space(file: Path, size: int) -> None:
+    """Allocate what the next `replace_file` of `file` needs, as far as the disk allows: it then works on a full one."""
+    try:
+        descriptor = os.open(_temporary(file), os.O_WRONLY | os.O_CREAT, 0o660)
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        _log.warning("no space can be reserved for %s: %s", file, error.strerror)
+
+
+def _temporary(file: Path) -> Path:
+    return file.with_name(f".{file.name}.{os.getpid()}")
 
 
 def sync_directory(directory: Path) -> None:
@@ -99,7 +128,6 @@ class Lock:
 
     def __init__(self, file: Path) -> None:
         """Take the lock. Raises LockedError that names the holder's process."""
-        self._file = file
         self._descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o660)
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -158,17 +186,19 @@ class Producer:
     def __init__(self, settings: SpoolSettings) -> None:
         """Take the policy; the directory is opened by the first frame."""
         self._settings = settings
+        self._name = str(uuid7())
         self._folder: Path | None = None
         self._lock: Lock | None = None
+        self._counters: int | None = None  # descriptor of counters.json
         self._number = 0
         self._retry_at = 0.0
-        self._measured_at = 0.0
-        self._spool_size = 0
+        self._measure_at = 0.0
+        self._room = 0  # bytes that may be appended before the spool is measured again
         self._segment: _Segment | None = None
         self._sealed: list[_Segment] = []
         self._rewrite: list[bytes] = []  # what a failed fsync may have lost
         self._waiting: list[tuple[AbstractEventLoop, Future[None]]] = []
-        self._guard = threading.Lock()  # for the four above
+        self._guard = threading.Lock()  # for all above
         self._dirty = threading.Event()
         self._closed = False
         self.received = 0
@@ -179,21 +209,22 @@ class Producer:
 
     def append(self, kind: Kind, metadata: bytes, payload: bytes = b"") -> bool:
         """Append one frame; return whether it stands in the spool."""
-        self.received += 1
-        data = frames.encode(Frame(kind, self.received, metadata, payload))
-        try:
-            with self._guard:
-                self._append(data)
-        except (OSError, SpoolError) as error:
-            self._drop(error)
-            return False
+        with self._guard:
+            self.received += 1
+            try:
+                self._append(frames.encode(Frame(kind, self.received, metadata, payload), frames.seed_of(self._name)))
+            except (OSError, SpoolError) as error:
+                self._drop(error)
+                return False
         self._dirty.set()
         return True
 
     def skip(self) -> None:
         """Count a frame that is not written because the one it belongs to was dropped."""
-        self.received += 1
-        self.dropped += 1
+        with self._guard:
+            self.received += 1
+            self.dropped += 1
+            self._write_counters()
 
     async def synced(self) -> None:
         """With `fsync: always`, wait until all that was appended is on disk; otherwise return at once."""
@@ -212,37 +243,48 @@ class Producer:
             return
         try:
             with self._guard:
-                self._open_segment(0)
+                self._open_segment()
+                self._claim((self._settings.max_size or 0) // _REFUSE_PART)
+            disk = os.statvfs(self._settings.directory)
         except OSError as error:
             raise SpoolError(f"spool directory {self._settings.directory}: {error.strerror}") from None
+        if disk.f_bavail * disk.f_frsize < self._settings.segment_size:
+            raise SpoolFull(f"less than `spool.segment_size` is free in {self._settings.directory}")
 
     def close(self) -> None:
         """Make all durable and let go of the lock."""
         self._closed = True
         self._dirty.set()
         self._thread.join()
-        if self._segment is not None:
-            self._segment.close()
-            self._segment = None
-        if self._lock is not None:
-            self._lock.release()
-            self._lock = None
+        with self._guard:
+            if self._segment is not None:
+                self._segment.close()
+                self._segment = None
+            self._leave()
 
     def _append(self, data: bytes) -> None:
-        segment = self._open_segment(len(data))
+        segment = self._open_segment()
+        try:
+            self._claim(len(data))
+        except SpoolFull:
+            if segment.size:  # an empty one behind it: the writer can then remove what is delivered of this one
+                self._seal(segment)
+                self._segment = self._next_segment()
+            raise
         try:
             segment.append(data)
-        except OSError:
-            self._seal(segment)
+        except OSError as error:
+            self._retry_at = time.monotonic() + _RETRY_INTERVAL
+            if segment.size or error.errno != errno.ENOSPC:
+                self._seal(segment)
             raise
-        self._spool_size += len(data)
+        self._room -= len(data)
 
-    def _open_segment(self, size: int) -> _Segment:
-        """Return the segment to append `size` bytes to, a new one where there is none or it is full."""
+    def _open_segment(self) -> _Segment:
+        """Return the segment to append to, a new one where there is none or it is full."""
         now = time.monotonic()
-        if self._segment is None and now < self._retry_at:
+        if now < self._retry_at:
             raise SpoolError(self.last_error)
-        self._check_cap(size, now)
         if self._segment is not None and self._segment.size >= self._settings.segment_size:
             self._seal(self._segment)
         if self._segment is None:
@@ -251,27 +293,28 @@ class Producer:
             self._retry_at = 0.0
         return self._segment
 
-    def _check_cap(self, size: int, now: float) -> None:
+    def _claim(self, size: int) -> None:
+        """Raise SpoolFull where `size` bytes would exceed the cap.
+
+        Every producer may fill its share of what is left; when that is used up, the spool is measured again.
+        """
         cap = self._settings.max_size
-        if cap is None or self._spool_size + size <= cap:
+        if cap is None:
             return
-        if now >= self._measured_at + _RETRY_INTERVAL:  # the writer may have removed segments
-            self._measured_at = now
-            self._spool_size = sum(size for _file, size in segment_sizes(self._settings.directory))
-        if self._spool_size + size > cap:
+        now = time.monotonic()
+        if self._room < size and now >= self._measure_at:
+            directory = self._settings.directory
+            left = cap - sum(size for _file, size in segment_sizes(directory))
+            self._room = left // max(sum(1 for _ in (directory / "producers").glob("[!.]*")), 1)
+            if self._room < size:
+                self._measure_at = now + _FULL_INTERVAL
+        if self._room < size:
             raise SpoolFull(f"the spool has reached `spool.max_size` of {cap} bytes")
 
     def _next_segment(self) -> _Segment:
-        if self._folder is None:
-            folder = open_directory(self._settings.directory, create=True) / "producers" / str(uuid7())
-            hidden = folder.with_name(f".{folder.name}")  # the writer looks at it when its lock is held
-            hidden.mkdir()
-            self._lock = Lock(hidden / "lock")
-            hidden.rename(folder)
-            sync_directory(folder.parent)
-            self._folder = folder
+        folder = self._folder or self._enter()
         self._number += 1
-        segment = _Segment(self._folder / f"{self._number:010}.seg")
+        segment = _Segment(folder / f"{self._number:010}.seg")
         try:
             for data in self._rewrite:
                 segment.append(data)
@@ -280,6 +323,29 @@ class Producer:
             raise
         self._rewrite.clear()
         return segment
+
+    def _enter(self) -> Path:
+        """Make the producer's folder; the writer sees it when its lock is held."""
+        folder = open_directory(self._settings.directory, create=True) / "producers" / self._name
+        hidden = folder.with_name(f".{folder.name}")
+        hidden.mkdir(exist_ok=True)
+        self._lock = self._lock or Lock(hidden / "lock")
+        self._counters = self._counters or os.open(hidden / "counters.json", os.O_WRONLY | os.O_CREAT, 0o660)
+        os.posix_fallocate(self._counters, 0, _COUNTERS_SIZE)
+        self._write_counters()
+        hidden.rename(folder)
+        sync_directory(folder.parent)
+        self._folder = folder
+        return folder
+
+    def _leave(self) -> None:
+        """Let go of the folder."""
+        self._write_counters()
+        if self._lock is not None:
+            self._lock.release()
+        if self._counters is not None:
+            os.close(self._counters)
+        self._folder = self._lock = self._counters = None
 
     def _seal(self, segment: _Segment) -> None:
         """Append no more to a segment; the sync thread makes it durable and closes it."""
@@ -292,6 +358,7 @@ class Producer:
         if message != self.last_error:
             _log.error("request log: %s; events are dropped and counted until it is mended", message)
         self.last_error = message
+        self._write_counters()
 
     def _sync_loop(self) -> None:
         counters_at = 0.0
@@ -300,9 +367,9 @@ class Producer:
             self._dirty.clear()
             self._sync_all()
             if time.monotonic() >= counters_at:
-                self._write_counters()
+                self._look_around()
                 counters_at = time.monotonic() + _COUNTERS_INTERVAL
-            if self._settings.fsync == "interval" and not self._closed:
+            if self._settings.fsync != "always" and not self._closed:
                 time.sleep(self._settings.fsync_interval)
         self._sync_all()
 
@@ -312,11 +379,13 @@ class Producer:
             segments = [*self._sealed, *([self._segment] if self._segment else [])]
             counts = [len(segment.unsynced) for segment in segments]
             waiting, self._waiting = self._waiting, []
+        failed = False
         for segment, count in zip(segments, counts, strict=True):
             try:
                 if self._settings.fsync != "never":
                     segment.sync()
             except OSError as error:
+                failed = True
                 self._replace(segment, error)
             else:
                 with self._guard:
@@ -325,7 +394,7 @@ class Producer:
                         self._sealed.remove(segment)
                         segment.close()
         with self._guard:
-            if self._rewrite:  # not durable yet: the next round syncs the segment that holds it
+            if failed and not self._rewrite:  # not durable yet: the next round syncs the segment that holds it
                 self._waiting = waiting + self._waiting
                 self._dirty.set()
                 return
@@ -341,26 +410,45 @@ class Producer:
         with self._guard:
             self.last_error = f"fsync: {error.strerror}"
             self._rewrite += segment.unsynced
-            if segment is self._segment:
-                self._segment = None
-            else:
+            if segment is not self._segment:
                 self._sealed.remove(segment)
             segment.close()
+            if self._segment is not None and self._segment is not segment:
+                self._sealed.append(self._segment)
+            self._segment = None
             try:
-                self._segment = self._segment or self._next_segment()
-            except OSError as second:
-                self.last_error = f"{second.strerror}"
+                self._segment = self._next_segment()
+            except (OSError, SpoolError) as second:  # the next frame tries again; nobody waits for it
+                self.last_error = str(second)
+
+    def _look_around(self) -> None:
+        """Write the counters, have the spool measured, and begin anew where the folder was taken away."""
+        with self._guard:
+            self._room = 0
+            if self._folder is not None and not self._folder.is_dir():
+                _log.error("request log: %s was removed; going on in a new folder", self._folder)
+                if self._segment is not None:
+                    self._seal(self._segment)
+                self._leave()
+            self._write_counters()
 
     def _write_counters(self) -> None:
-        if self._folder is None:
+        if self._counters is None:
             return
-        content = {"received": self.received, "dropped": self.dropped, "last_error": self.last_error}
+        content = {"received": self.received, "dropped": self.dropped, "last_error": self.last_error[:200]}
         try:
-            temporary = self._folder / ".counters"
-            temporary.write_text(json.dumps(content))
-            temporary.replace(self._folder / "counters.json")
-        except OSError as error:  # they are for the metrics only; the disk's error shows at the next frame, too
+            os.pwrite(self._counters, json.dumps(content).encode().ljust(_COUNTERS_SIZE), 0)
+        except OSError as error:  # the disk's error shows at the next frame, too
             self.last_error = f"{error.strerror}"
+
+
+def read_counters(folder: Path) -> dict[str, int]:
+    """Return the counters that the process of a producer's folder wrote; nothing where there are none."""
+    try:
+        content: dict[str, int] = json.loads((folder / "counters.json").read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content
 
 
 def _set_result(future: Future[None]) -> None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from litellm_sqlalchemy.consumer import Cursor, last_sequence, producers, read_state
-from litellm_sqlalchemy.spool import open_directory, segment_sizes
+from litellm_sqlalchemy.spool import open_directory, read_counters, segment_sizes
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,10 @@ def spool_status(directory: Path) -> SpoolStatus:
     highest = {}
     for producer in producers(directory):
         cursor = cursors.get(producer, Cursor())
+        received = read_counters(directory / "producers" / producer).get("received", 0)  # before the frames
         pending, last = last_sequence(directory, producer, cursor)
         spooled += pending
-        dropped += last - cursor.sequence - pending
+        dropped += max(received, last) - cursor.sequence - pending
         highest[producer] = last
     delivered = totals.delivered_requests + totals.delivered_responses
     return SpoolStatus(

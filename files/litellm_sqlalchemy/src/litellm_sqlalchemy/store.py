@@ -16,7 +16,9 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import DBAPIError
 
 from litellm_sqlalchemy.database import ErrorClass, classify, one_line
+from litellm_sqlalchemy.errors import SettingsError
 from litellm_sqlalchemy.frames import Frame, Kind
+from litellm_sqlalchemy.migrate import current, problem_of
 from litellm_sqlalchemy.records import TABLES, RowError, TableCopy, encode_row
 
 _DIALECT = postgresql.dialect()  # type: ignore[no-untyped-call]
@@ -63,6 +65,7 @@ class Store:
     def __init__(self, engine: Engine) -> None:
         """Take the engine whose login may insert."""
         self.engine = engine
+        self._schema_checked = False
 
     def deliver(self, frames: list[Frame], *, give_up_on_unknown: bool = False) -> Delivery:
         """Store a batch; return when every frame is stored or known to be impossible. Raises Unavailable.
@@ -71,6 +74,7 @@ class Store:
         """
         rows = []
         dead = []
+        self._schema_checked = False
         for frame in frames:
             try:
                 rows.append(_Row(frame, encode_row(frame), False))
@@ -91,6 +95,8 @@ class Store:
             return Delivery()
         try:
             inserted = self._transaction(rows, staged)
+        except SettingsError as error:  # the credential file is gone or being replaced
+            raise Unavailable(ErrorClass.CREDENTIAL, str(error)) from error
         except (DBAPIError, psycopg2.Error, OSError, OverflowError) as error:
             cause = classify(error)
             if cause is ErrorClass.DUPLICATE and not staged:
@@ -98,11 +104,25 @@ class Store:
             if cause is not ErrorClass.POISON and not (cause is ErrorClass.UNKNOWN and give_up_on_unknown):
                 raise Unavailable(cause, one_line(error)) from error
             if len(rows) == 1:
+                self._check_schema()
                 return self._last_resort(rows[0], one_line(error), give_up_on_unknown)
             half = len(rows) // 2
             first = self._deliver(rows[:half], give_up_on_unknown, staged)
             return first + self._deliver(rows[half:], give_up_on_unknown, staged)
         return Delivery(inserted=inserted, duplicates=len(rows) - inserted)
+
+    def _check_schema(self) -> None:
+        """Raise Unavailable where it is the tables that do not fit, which is no fault of any row."""
+        if self._schema_checked:
+            return
+        try:
+            with self.engine.connect() as connection:
+                problem = problem_of(current(connection))
+        except (DBAPIError, psycopg2.Error, SettingsError, OSError) as error:
+            raise Unavailable(classify(error), one_line(error)) from error
+        if problem:
+            raise Unavailable(ErrorClass.SCHEMA, problem)
+        self._schema_checked = True
 
     def _last_resort(self, row: _Row, reason: str, give_up_on_unknown: bool) -> Delivery:
         """Store the payload as Base64 where it was the payload that PostgreSQL refused."""

@@ -69,7 +69,7 @@ class Writer:
         for batch in self._consumer.batches(self._settings.batch_size):
             if not self._deliver(batch):
                 return False
-            more |= len(batch.frames) >= self._settings.batch_size
+            more |= batch.full
         return more
 
     def _deliver(self, batch: Batch) -> bool:
@@ -83,12 +83,29 @@ class Writer:
             made_up = self._persist([_interrupted(call) for call in batch.cursor.open])
             if made_up is None:
                 return False
-            self._consumer.totals.interrupted += made_up.inserted
-        self._consumer.retire(batch, delivery)
+            self._consumer.totals.interrupted += made_up.inserted + made_up.duplicates  # again after a crash
+        if not self._retire(batch, delivery):
+            return False
         self._monitor.delivered(len(batch.frames), delivery, time.perf_counter() - started)
         for letter in delivery.dead:
             _log.error("dead letter %s-%d: %s", batch.producer, letter.frame.sequence, letter.reason)
         return True
+
+    def _retire(self, batch: Batch, delivery: Delivery) -> bool:
+        """Retire a batch, again and again until the disk takes it; return False when told to stop before that."""
+        while True:
+            try:
+                self._consumer.retire(batch, delivery)
+            except OSError as error:
+                message = f"spool directory {self._consumer.directory}: {error.strerror}"
+                if message != self.health.message:
+                    _log.error("cannot note what is delivered: %s", message)
+                self.health.set("spool", message)
+                if not self._wait(self._settings.retry_delay_max):
+                    return False
+            else:
+                self.health.clear()
+                return True
 
     def _persist(self, frames: list[Frame]) -> Delivery | None:
         """Store frames, again and again until the database takes them; return None when told to stop before that."""

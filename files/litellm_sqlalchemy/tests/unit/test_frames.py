@@ -1,0 +1,138 @@
+"""Frames come back as they were written; a damaged file yields every frame that is whole, and never another."""
+
+import random
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from litellm_sqlalchemy import frames
+from litellm_sqlalchemy.frames import HEADER_SIZE, Damage, Frame, Kind
+
+SEED = frames.seed_of("0197a3c4-5e6f-7000-8000-000000000001")
+FRAMES = st.builds(
+    Frame,
+    st.sampled_from(Kind),
+    st.integers(0, 2**63),
+    st.binary(max_size=40),
+    st.binary(max_size=60) | st.just(b"LS\x01\x01" * 5),
+)
+LISTS = st.lists(FRAMES, min_size=1, max_size=6)
+
+
+def _decoded(data: bytes, *, complete: bool = True, seed: int = SEED) -> list[Frame | Damage]:
+    found, end = [], 0
+    for item, behind in frames.decode(data, complete=complete, seed=seed):
+        assert behind > end, "every step goes forward"
+        end = behind
+        found.append(item)
+    assert end == len(data) or not complete, "nothing is left unsaid"
+    return found
+
+
+def _check(found: list[Frame | Damage], whole: list[Frame], written: list[Frame]) -> None:
+    """Every whole frame is found and none that was not written; the damage may by chance leave a frame as it was."""
+    read = [item for item in found if isinstance(item, Frame)]
+    rest = iter(read)
+    assert all(frame in rest for frame in whole), "in order, each once"
+    rest = iter(written)
+    assert all(frame in rest for frame in read)
+
+
+@dataclass
+class Segment:
+    """Encoded frames, and where each stands."""
+
+    frames: list[Frame]
+
+    def __post_init__(self) -> None:
+        encoded = [frames.encode(frame, SEED) for frame in self.frames]
+        self.data = b"".join(encoded)
+        ends = [sum(map(len, encoded[: number + 1])) for number in range(len(encoded))]
+        self.spans = [(end - len(data), end) for end, data in zip(ends, encoded, strict=True)]
+
+    def outside(self, start: int, end: int) -> list[Frame]:
+        """Return the frames that no byte of [start, end) belongs to."""
+        return [
+            frame for frame, (first, last) in zip(self.frames, self.spans, strict=True) if last <= start or first >= end
+        ]
+
+
+@given(LISTS)
+def test_round_trip(written: list[Frame]) -> None:
+    assert _decoded(Segment(written).data) == written
+    assert _decoded(Segment(written).data, complete=False) == written
+
+
+@given(LISTS, st.data())
+def test_cut_short(written: list[Frame], data: st.DataObject) -> None:
+    segment = Segment(written)
+    cut = data.draw(st.integers(0, len(segment.data)))
+    whole = [frame for frame, (_, end) in zip(segment.frames, segment.spans, strict=True) if end <= cut]
+    found = _decoded(segment.data[:cut])
+    assert [item for item in found if isinstance(item, Frame)] == whole
+    assert len(found) - len(whole) == (cut not in {0, *(end for _, end in segment.spans)})
+    assert _decoded(segment.data[:cut], complete=False) == whole, "an unfinished frame is left for the next read"
+
+
+@given(LISTS, st.data())
+def test_one_bit_flipped(written: list[Frame], data: st.DataObject) -> None:
+    segment = Segment(written)
+    position = data.draw(st.integers(0, len(segment.data) - 1))
+    damaged = bytearray(segment.data)
+    damaged[position] ^= 1 << data.draw(st.integers(0, 7))
+    found = _decoded(bytes(damaged))
+    assert [item for item in found if isinstance(item, Frame)] == segment.outside(position, position + 1)
+    assert sum(isinstance(item, Damage) for item in found) == 1
+
+
+@given(LISTS, st.binary(min_size=1, max_size=80), st.data())
+def test_garbage_inserted(written: list[Frame], garbage: bytes, data: st.DataObject) -> None:
+    segment = Segment(written)
+    position = data.draw(st.integers(0, len(segment.data)))
+    found = _decoded(segment.data[:position] + garbage + segment.data[position:])
+    whole = [f for f, (start, end) in zip(segment.frames, segment.spans, strict=True) if not start < position < end]
+    _check(found, whole, written)
+
+
+@given(LISTS, st.data())
+def test_bytes_removed(written: list[Frame], data: st.DataObject) -> None:
+    segment = Segment(written)
+    start = data.draw(st.integers(0, len(segment.data) - 1))
+    end = data.draw(st.integers(start + 1, len(segment.data)))
+    found = _decoded(segment.data[:start] + segment.data[end:])
+    _check(found, segment.outside(start, end), written)
+
+
+@given(st.binary(max_size=300))
+def test_noise_holds_no_frame(noise: bytes) -> None:
+    assert not [item for item in _decoded(noise) if isinstance(item, Frame)]
+
+
+@pytest.mark.parametrize("damage", ["first half missing", "bit flipped", "torn"])
+def test_a_client_cannot_smuggle_a_frame_in(damage: str) -> None:
+    """A payload that holds a frame, in a frame that is damaged so that readers have to search for the next one."""
+    forged = frames.encode(Frame(Kind.RESPONSE, 7, b'{"request_id":"00"}', b"forged"))
+    outer = frames.encode(Frame(Kind.REQUEST, 1, b"{}", forged * 3), SEED)
+    after = Frame(Kind.REQUEST, 2, b"{}", b"after")
+    body = {"first half missing": outer[: HEADER_SIZE + 2] + outer[HEADER_SIZE + 8 :], "torn": outer[:-4]}.get(
+        damage, outer[:30] + bytes([outer[30] ^ 1]) + outer[31:]
+    )
+    found = _decoded(body + frames.encode(after, SEED))
+    assert [item for item in found if isinstance(item, Frame)] == [after]
+    without_seed = _decoded(body[HEADER_SIZE:], seed=0)
+    assert any(isinstance(item, Frame) for item in without_seed), "the control: without the seed it would pass"
+
+
+def test_a_kind_of_a_later_version_is_damage() -> None:
+    data = frames.encode(Frame(9, 1, b"{}", b""))  # type: ignore[arg-type]  what a later version may write
+    assert [type(item) for item in _decoded(data, seed=0)] == [Damage]
+
+
+def test_a_large_segment_is_read_in_linear_time() -> None:
+    """Damage must not make every later frame be searched for from the start."""
+    source = random.Random(1)  # noqa: S311  no secret
+    noise = b"".join(b"LS" + source.randbytes(30) for _ in range(30_000))
+    frame = Frame(Kind.REQUEST, 1, b"{}", b"x")
+    assert [item for item in _decoded(noise + frames.encode(frame, SEED)) if isinstance(item, Frame)] == [frame]
