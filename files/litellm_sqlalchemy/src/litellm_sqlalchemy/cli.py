@@ -15,6 +15,7 @@ import yaml
 from litellm_sqlalchemy import __version__, validate
 from litellm_sqlalchemy.errors import ExitCode, LogError
 from litellm_sqlalchemy.migrate import migrate
+from litellm_sqlalchemy.reports import add_verbs
 from litellm_sqlalchemy.settings import SETTINGS_VARIABLE, LoggingSettings, Settings, as_mapping, load_settings
 from litellm_sqlalchemy.status import spool_status
 from litellm_sqlalchemy.writer import run_writer
@@ -62,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     add("write", _write, "Deliver the spool to PostgreSQL until stopped.")
     add("status", _status, "Count what became of every event; exit 1 when any was lost.")
     add("settings", _settings, "Print the settings in force.")
+    add_verbs(add)
     return parser
 
 

@@ -1,10 +1,10 @@
 """What people ask of the log: small functions over the models, for the reader's login.
 
-Every function takes a connection and returns plain mappings. Time bounds stand on the ids of both tables as well as on
+Every function takes a connection and returns plain dicts. Time bounds stand on the ids of both tables as well as on
 the time: ids are UUIDv7, so an index on the id finds the range, and partitions by id are pruned.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -16,7 +16,7 @@ from litellm_sqlalchemy.identifiers import first_id_at
 from litellm_sqlalchemy.models import KEY_PREFIX_LENGTH, Request, Response
 from litellm_sqlalchemy.views import DAY, calls_view, measures
 
-Row = Mapping[str, Any]
+Row = dict[str, Any]
 
 #: How far the time in a call's id may be from its `created_at`: clocks are set, health checks are recorded afterwards.
 _ID_TOLERANCE = timedelta(hours=1)
@@ -31,7 +31,13 @@ DIMENSIONS: dict[str, ColumnElement[Any]] = {
     "team": Request.team_id.expression,
     "endpoint": Request.endpoint.expression,
 }
-_PERCENTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
+#: Percentiles of the times of answered calls, in milliseconds: name, column and fraction.
+_PERCENTILES = [
+    (f"{prefix}_p{percent}", column, percent / 100)
+    for prefix, column in (("duration_ms", Response.duration_ms), ("first_token_ms", Response.time_to_first_token_ms))
+    for percent in (50, 95, 99)
+]
+PERCENTILE_COLUMNS = tuple(name for name, _column, _fraction in _PERCENTILES)
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,9 @@ class Selection:
             if value is not None
         ]
         if self.key is not None:  # as the index has it
-            conditions.append(func.left(Request.key_hash, literal_column(str(KEY_PREFIX_LENGTH))) == self.key[:KEY_PREFIX_LENGTH])
+            conditions.append(
+                func.left(Request.key_hash, literal_column(str(KEY_PREFIX_LENGTH))) == self.key[:KEY_PREFIX_LENGTH]
+            )
         return conditions
 
     def join(self) -> ColumnElement[bool]:
@@ -85,7 +93,7 @@ class Selection:
         return condition
 
 
-def find_calls(connection: Connection, identifier: str) -> Sequence[Row]:
+def find_calls(connection: Connection, identifier: str) -> list[Row]:
     """Return the calls with this id or this LiteLLM call id, payloads included, the latest first.
 
     Clients may choose the call id, so that there can be several.
@@ -102,7 +110,7 @@ def find_calls(connection: Connection, identifier: str) -> Sequence[Row]:
     return _rows(connection, query.where(Request.call_id == identifier).order_by(Request.created_at.desc()))
 
 
-def last_calls(connection: Connection, selection: Selection, limit: int = 100) -> Sequence[Row]:
+def last_calls(connection: Connection, selection: Selection, limit: int = 100) -> list[Row]:
     """Return the latest calls, the latest first, without payloads."""
     return _rows(connection, last_calls_query(selection, limit))
 
@@ -114,7 +122,7 @@ def last_calls_query(selection: Selection, limit: int) -> Select[Any]:
     return selection.apply(calls_view()).order_by(time.desc()).limit(limit)
 
 
-def totals(connection: Connection, by: Sequence[str], selection: Selection) -> Sequence[Row]:
+def totals(connection: Connection, by: Sequence[str], selection: Selection) -> list[Row]:
     """Return calls, failures, tokens, cost and error rate per combination of `by`, names of DIMENSIONS."""
     return _rows(connection, totals_query(by, selection))
 
@@ -132,13 +140,11 @@ def totals_query(by: Sequence[str], selection: Selection) -> Select[Any]:
     return selection.apply(query)
 
 
-def latencies(connection: Connection, by: Sequence[str], selection: Selection) -> Sequence[Row]:
+def latencies(connection: Connection, by: Sequence[str], selection: Selection) -> list[Row]:
     """Return percentiles of duration and time to first token (milliseconds) of answered calls per combination."""
     dimensions = [DIMENSIONS[name].label(name) for name in by]
     percentiles = [
-        func.percentile_cont(fraction).within_group(column).label(f"{prefix}_{name}")
-        for prefix, column in (("duration_ms", Response.duration_ms), ("first_token_ms", Response.time_to_first_token_ms))
-        for name, fraction in _PERCENTILES.items()
+        func.percentile_cont(fraction).within_group(column).label(name) for name, column, fraction in _PERCENTILES
     ]
     query = (
         select(*dimensions, func.count().label("answers"), *percentiles)
@@ -151,9 +157,9 @@ def latencies(connection: Connection, by: Sequence[str], selection: Selection) -
     return _rows(connection, selection.apply(query))
 
 
-def errors(connection: Connection, selection: Selection) -> Sequence[Row]:
+def errors(connection: Connection, selection: Selection) -> list[Row]:
     """Return how often calls failed, by model, error type and code, the most frequent first."""
-    dimensions = (Request.model, Response.status, Response.error_type, Response.error_code)
+    dimensions: tuple[Any, ...] = (Request.model, Response.status, Response.error_type, Response.error_code)
     count = func.sum(Request.calls).label("calls")
     query = (
         select(*dimensions, count, func.max(Request.created_at).label("last_at"))
@@ -161,7 +167,7 @@ def errors(connection: Connection, selection: Selection) -> Sequence[Row]:
         .join(Response, selection.join())
         .where(Response.status != "success")
         .group_by(*dimensions)
-        .order_by(count.desc())
+        .order_by(count.desc(), *dimensions)
     )
     return _rows(connection, selection.apply(query))
 
@@ -172,8 +178,8 @@ def _error_rate() -> ColumnElement[float]:
     return (cast(by_name["failures"], Float(53)) / func.nullif(finished, 0)).label("error_rate")
 
 
-def _rows(connection: Connection, query: Select[Any]) -> Sequence[Row]:
-    return connection.execute(query).mappings().all()
+def _rows(connection: Connection, query: Select[Any]) -> list[Row]:
+    return [dict(row) for row in connection.execute(query).mappings()]
 
 
 def _as_uuid(identifier: str) -> UUID | None:

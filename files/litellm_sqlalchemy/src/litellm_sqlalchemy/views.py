@@ -66,7 +66,14 @@ def calls_view() -> Select[Any]:
 
 def daily_usage_view() -> Select[Any]:
     """Return the definition of the view `daily_usage`."""
-    dimensions = (DAY.label("day"), Request.model, Request.key_hash, Request.key_alias, Request.user_id, Request.team_id)
+    dimensions = (
+        DAY.label("day"),
+        Request.model,
+        Request.key_hash,
+        Request.key_alias,
+        Request.user_id,
+        Request.team_id,
+    )
     return (
         select(*dimensions, *measures())
         .select_from(Request)

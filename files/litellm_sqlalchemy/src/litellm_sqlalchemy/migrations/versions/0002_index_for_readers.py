@@ -50,9 +50,7 @@ def upgrade() -> None:
     op.drop_index("ix_requests_call_id", "requests")
     op.create_index("ix_requests_call_id", "requests", ["call_id"], postgresql_using="hash")
     op.drop_index("ix_requests_key_hash_created_at", "requests")
-    op.create_index(
-        "ix_requests_key_prefix_created_at", "requests", [sa.text("left(key_hash, 12)"), "created_at"]
-    )
+    op.create_index("ix_requests_key_prefix_created_at", "requests", [sa.text("left(key_hash, 12)"), "created_at"])
     op.execute(_CALLS)
     op.execute(_DAILY_USAGE)
 

@@ -1,0 +1,177 @@
+"""The verbs that read the log: `calls`, `call`, `top` and `usage`, as tables, JSON or CSV."""
+
+import argparse
+import csv
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from sqlalchemy import Connection
+
+from litellm_sqlalchemy import queries
+from litellm_sqlalchemy.database import connected
+from litellm_sqlalchemy.errors import ExitCode, LogError
+from litellm_sqlalchemy.queries import Row, Selection
+from litellm_sqlalchemy.settings import Settings
+
+AddVerb = Callable[[str, Callable[[Settings, argparse.Namespace], int], str], argparse.ArgumentParser]
+
+_UNITS = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+#: Columns of `calls` that a table for people has room for.
+_CALL_COLUMNS = (
+    "created_at", "id", "status", "status_code", "model", "key_alias", "user_id", "total_tokens", "cost", "duration_ms"
+)  # fmt: skip
+_ORDERS = ("calls", "failures", "total_tokens", "cost")
+
+
+def add_verbs(add: AddVerb) -> None:
+    """Add the verbs to the command."""
+    calls = _with_selection(add("calls", _calls, "List the latest calls."), since=None)
+    calls.add_argument("--last", type=int, default=20, metavar="N", help="how many (default: %(default)s)")
+    call = _with_csv(add("call", _call, "Show one call whole, by its id or LiteLLM's call id."))
+    call.add_argument("identifier", metavar="ID", help="id, or x-litellm-call-id")
+    top = _with_selection(add("top", _top, "Rank models, keys or users by what they use, with latencies."), since="24h")
+    top.add_argument("--by", choices=sorted(queries.DIMENSIONS), default="model", help="default: %(default)s")
+    top.add_argument("--order", choices=_ORDERS, default="calls", help="default: %(default)s")
+    top.add_argument("--last", type=int, default=20, metavar="N", help="how many (default: %(default)s)")
+    usage = _with_selection(add("usage", _usage, "Sum up calls, failures, tokens and cost."), since="7d")
+    usage.add_argument("--by", type=_dimensions, default=["day"], metavar="A,B", help="e.g. day,model (default: day)")
+
+
+def _with_csv(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    parser.add_argument("--csv", action="store_true", help="print CSV")
+    return parser
+
+
+def _with_selection(parser: argparse.ArgumentParser, since: str | None) -> argparse.ArgumentParser:
+    default = f" (default: {since})" if since else ""
+    parser.add_argument("--since", type=moment, default=since, metavar="TIME", help=f"24h, 7d or ISO time{default}")
+    parser.add_argument("--until", type=moment, metavar="TIME", help="24h, 7d or ISO time (default: now)")
+    for name, what in (("model", "asked for"), ("key", "hash"), ("user", "id"), ("team", "id"), ("status", "")):
+        parser.add_argument(f"--{name}", metavar=name.upper(), help=f"only this {name} {what}".rstrip())
+    return _with_csv(parser)
+
+
+def moment(value: str) -> datetime:
+    """Return the moment that `24h` ago or an ISO date or time means; times without an offset are UTC."""
+    if match := re.fullmatch(r"(\d+)([mhdw])", value):
+        return datetime.now(UTC) - timedelta(**{_UNITS[match[2]]: int(match[1])})
+    try:
+        result = datetime.fromisoformat(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{value!r} is neither like 24h or 7d nor an ISO date or time") from None
+    return result if result.tzinfo else result.replace(tzinfo=UTC)
+
+
+def _dimensions(value: str) -> list[str]:
+    names = value.split(",")
+    if unknown := [name for name in names if name not in queries.DIMENSIONS]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(sorted(queries.DIMENSIONS))}")
+    return names
+
+
+def _selection(options: argparse.Namespace) -> Selection:
+    return Selection(
+        options.since, options.until, options.model, options.key, options.user, options.team, options.status
+    )
+
+
+def _calls(settings: Settings, options: argparse.Namespace) -> int:
+    with _reader(settings) as connection:
+        rows = queries.last_calls(connection, _selection(options), options.last)
+    _print(rows, options, _CALL_COLUMNS)
+    return ExitCode.OK
+
+
+def _call(settings: Settings, options: argparse.Namespace) -> int:
+    with _reader(settings) as connection:
+        rows = queries.find_calls(connection, options.identifier)
+    if not rows:
+        raise LogError(
+            f"no call has the id or LiteLLM call id {options.identifier!r:.80}: see `litellm-sqlalchemy calls`"
+        )
+    if options.json or options.csv:
+        _print(rows, options)
+        return ExitCode.OK
+    for row in rows:
+        width = max(map(len, row))
+        for name, value in row.items():
+            if value is not None:
+                print(f"{name:<{width}}  {_text(value)}")
+        print()
+    return ExitCode.OK
+
+
+def _top(settings: Settings, options: argparse.Namespace) -> int:
+    selection = _selection(options)
+    with _reader(settings) as connection:
+        totals = queries.totals(connection, [options.by], selection)
+        latencies = {row[options.by]: row for row in queries.latencies(connection, [options.by], selection)}
+    best = sorted(totals, key=lambda row: row[options.order] or 0, reverse=True)[: options.last]
+    none = dict.fromkeys(queries.PERCENTILE_COLUMNS)
+    rows = [
+        {**row, **{name: latencies.get(row[options.by], none)[name] for name in queries.PERCENTILE_COLUMNS}}
+        for row in best
+    ]
+    _print(rows, options)
+    return ExitCode.OK
+
+
+def _usage(settings: Settings, options: argparse.Namespace) -> int:
+    with _reader(settings) as connection:
+        rows = queries.totals(connection, options.by, _selection(options))
+    _print(rows, options)
+    return ExitCode.OK
+
+
+def _reader(settings: Settings) -> AbstractContextManager[Connection]:
+    return connected(settings.database, "reader", "reader")
+
+
+def _print(rows: Sequence[Row], options: argparse.Namespace, columns: Sequence[str] = ()) -> None:
+    """Print rows; `columns` limits what people see, programs get all of it."""
+    if options.json:
+        json.dump([dict(row) for row in rows], sys.stdout, indent=2, default=str)
+        print()
+    elif options.csv:
+        writer = csv.writer(sys.stdout)
+        writer.writerow(rows[0] if rows else columns)
+        writer.writerows([_text(value) for value in row.values()] for row in rows)
+    else:
+        _print_table(
+            [[row[name] for name in columns or row] for row in rows], list(columns or (rows[0] if rows else ()))
+        )
+
+
+def _print_table(rows: list[list[Any]], names: list[str]) -> None:
+    if not rows:
+        print("no calls")
+        return
+    cells = [names, *([_short(value) for value in row] for row in rows)]
+    widths = [max(len(line[index]) for line in cells) for index in range(len(names))]
+    right = [all(isinstance(row[index], int | float | None) for row in rows) for index in range(len(names))]
+    for line in cells:
+        parts = (
+            cell.rjust(width) if to_right else cell.ljust(width)
+            for cell, width, to_right in zip(line, widths, right, strict=True)
+        )
+        print("  ".join(parts).rstrip())
+
+
+def _short(value: Any) -> str:
+    """Return a value as a table for people shows it: times to the second, numbers to four digits."""
+    if isinstance(value, datetime):
+        return value.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S")
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
+    return "-" if value is None else str(value)
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else str(value)

@@ -1,0 +1,286 @@
+"""What the readers ask, by function, by view and by verb, against a real database."""
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import orjson
+import pytest
+from sqlalchemy import Connection, text
+from sqlalchemy.dialects import postgresql
+
+from litellm_sqlalchemy import queries
+from litellm_sqlalchemy.database import connected, make_engine
+from litellm_sqlalchemy.frames import Frame, Kind
+from litellm_sqlalchemy.identifiers import uuid7
+from litellm_sqlalchemy.models import Base
+from litellm_sqlalchemy.queries import Selection
+from litellm_sqlalchemy.store import Store
+from litellm_sqlalchemy.views import VIEWS, create_statements
+from support.postgresql import Database, Server
+from support.processes import Deployment
+
+_NOON = datetime(2026, 3, 10, 12, tzinfo=UTC)
+_KEY = "a" * 64
+_OTHER_KEY = "a" * 12 + "b" * 52  # the same as far as the index looks
+
+
+def _call(moment: datetime, **values: Any) -> Iterator[Frame]:
+    """Yield the frames of a call; `status=None` is one that is still running."""
+    identifier = uuid7(int(moment.timestamp() * 1e9)).hex
+    common = {"content_mode": "full", "redaction_version": 1, "payload_size": 12}
+    request = {
+        "id": identifier,
+        "created_at": int(moment.timestamp() * 1e6),
+        "gateway": "test:4000",
+        "origin": "client",
+        "calls": values.pop("calls", 1),
+        "stream": False,
+        "model": values.pop("model", "small"),
+        "key_hash": values.pop("key", _KEY),
+        **{name: values.pop(name) for name in ("call_id", "key_alias", "user_id", "team_id") if name in values},
+        **common,
+    }
+    yield Frame(Kind.REQUEST, 0, orjson.dumps(request), b'{"ask": "\xc3\xa9"}')
+    response = {
+        "status": "success",
+        "attempt_count": 1,
+        "cost": 0.5,
+        "total_tokens": 30,
+        "duration_ms": 100.0,
+        **values,
+    }
+    response |= {"request_id": identifier, "created_at": int(moment.timestamp() * 1e6) + 100_000, **common}
+    if response["status"]:
+        yield Frame(Kind.RESPONSE, 0, orjson.dumps(response), b'{"answer": 42}')
+
+
+def _at(hours: float) -> datetime:
+    return _NOON + timedelta(hours=hours)
+
+
+@pytest.fixture
+def filled(deployment: Deployment) -> Deployment:
+    """A deployment with ten calls of three days."""
+    calls = [
+        _call(_at(-24), call_id="first", user_id="ann", cost=2.0),
+        _call(_at(-12.001), model="large"),  # one second and more before midnight
+        _call(_at(-12), model="large", user_id="ann", team_id="red"),
+        _call(_at(0), call_id="twice", key=_OTHER_KEY, key_alias="other"),
+        _call(_at(1), call_id="twice", user_id="bob", duration_ms=300.0),
+        _call(_at(2), status="failure", error_type="RateLimitError", error_code="429", cost=None, total_tokens=None),
+        _call(_at(3), status="failure", error_type="BadKey", calls=5, cost=None, total_tokens=None),
+        _call(_at(4), status="client_disconnected"),
+        _call(_at(5), status=None),
+        _call(_at(12), model="large"),
+    ]
+    engine = make_engine(deployment.load().database, "writer", "test")
+    delivery = Store(engine).deliver([frame for call in calls for frame in call])
+    engine.dispose()
+    assert (delivery.inserted, delivery.dead) == (19, [])
+    return deployment
+
+
+@pytest.fixture
+def reader(filled: Deployment) -> Iterator[Connection]:
+    """A connection of the reader's login to the filled tables."""
+    with connected(filled.load().database, "reader", "test") as connection:
+        yield connection
+
+
+_DAY = Selection(since=_at(-12), until=_at(12))
+
+
+def test_find_by_id_and_by_call_id(reader: Connection) -> None:
+    (by_call_id,) = queries.find_calls(reader, "first")
+    (by_id,) = queries.find_calls(reader, str(by_call_id["id"]))
+    assert by_id == by_call_id
+    assert (by_id["request"], by_id["response"], by_id["cost"]) == ({"ask": "é"}, {"answer": 42}, 2.0)
+
+
+def test_a_call_id_can_be_chosen_twice(reader: Connection) -> None:
+    assert [row["created_at"] for row in queries.find_calls(reader, "twice")] == [_at(1), _at(0)]
+
+
+@pytest.mark.parametrize(
+    ("selection", "hours"),
+    [
+        (Selection(), [12, 5, 4, 3, 2, 1, 0, -12, -12.001, -24]),
+        (Selection(model="large"), [12, -12, -12.001]),
+        (Selection(key=_OTHER_KEY), [0]),
+        (Selection(user="ann"), [-12, -24]),
+        (Selection(team="red"), [-12]),
+        (Selection(status="running"), [5]),
+        (Selection(status="failure"), [3, 2]),
+        (Selection(since=_at(-12), until=_at(0)), [-12]),
+        (Selection(since=_at(4)), [12, 5, 4]),
+        (Selection(model="nobody's"), []),
+    ],
+)
+def test_last_calls(reader: Connection, selection: Selection, hours: list[float]) -> None:
+    found = [row["created_at"] for row in queries.last_calls(reader, selection)]
+    assert found == [_at(hour) for hour in hours]
+    assert [row["created_at"] for row in queries.last_calls(reader, selection, 2)] == found[:2]
+
+
+def test_totals_of_a_day(reader: Connection) -> None:
+    small, large = sorted(queries.totals(reader, ["day", "model"], _DAY), key=lambda row: row["calls"], reverse=True)
+    assert (small["day"].isoformat(), small["model"], large["model"]) == ("2026-03-10", "small", "large")
+    assert (small["calls"], small["failures"], small["total_tokens"], small["cost"]) == (10, 6, 90, 1.5)
+    assert small["error_rate"] == pytest.approx(6 / 9)  # the running one has not failed yet
+    assert (large["calls"], large["failures"], large["error_rate"]) == (1, 0, 0)
+
+
+@pytest.mark.parametrize("name", queries.DIMENSIONS)
+def test_every_dimension_sums_up_to_the_same(reader: Connection, name: str) -> None:
+    rows = queries.totals(reader, [name], Selection())
+    assert (sum(row["calls"] for row in rows), sum(row["failures"] for row in rows)) == (14, 6)
+
+
+def test_latencies_are_those_of_answers(reader: Connection) -> None:
+    (large, small) = queries.latencies(reader, ["model"], _DAY)
+    assert (large["answers"], small["answers"]) == (1, 2)
+    assert (small["duration_ms_p50"], small["duration_ms_p99"]) == (200, pytest.approx(298))
+    assert small["first_token_ms_p50"] is None
+
+
+def test_errors(reader: Connection) -> None:
+    rows = queries.errors(reader, _DAY)
+    assert [(row["error_type"], row["calls"]) for row in rows] == [
+        ("BadKey", 5), (None, 1), ("RateLimitError", 1)
+    ]  # fmt: skip
+
+
+def test_views_equal_queries(reader: Connection) -> None:
+    calls = [dict(row) for row in reader.execute(text("SELECT * FROM calls ORDER BY id DESC")).mappings()]
+    assert calls == queries.last_calls(reader, Selection())
+    days = reader.execute(
+        text("SELECT day, sum(calls), sum(failures), sum(cost) FROM daily_usage GROUP BY 1 ORDER BY 1")
+    )
+    totals = queries.totals(reader, ["day"], Selection())
+    assert [tuple(row) for row in days] == [
+        (row["day"], row["calls"], row["failures"], row["cost"]) for row in totals
+    ]  # fmt: skip
+
+
+_CATALOGUE = """
+SELECT c.relname, a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull, a.attcompression,
+    pg_get_expr(d.adbin, d.adrelid)
+FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0
+LEFT JOIN pg_attrdef d ON d.adrelid = c.oid AND d.adnum = a.attnum
+WHERE c.relnamespace = 'public'::regnamespace AND c.relkind IN ('r', 'v') AND c.relname <> 'alembic_version'
+UNION ALL
+SELECT relname, array_to_string(reloptions, ','), CASE relkind WHEN 'i' THEN pg_get_indexdef(oid)
+    WHEN 'v' THEN pg_get_viewdef(oid) ELSE obj_description(oid) END, NULL, NULL, NULL
+FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relname NOT LIKE 'alembic%'
+UNION ALL
+SELECT conname, pg_get_constraintdef(oid), NULL, NULL, NULL, NULL
+FROM pg_constraint WHERE connamespace = 'public'::regnamespace AND conname NOT LIKE 'alembic%'
+ORDER BY 1, 2, 3
+"""
+
+
+def test_models_and_migrations_make_the_same_schema(server: Server, database: Database, deployment: Deployment) -> None:
+    from_models = server.create_database("from_models")
+    deployment.update(database={"name": "from_models"})
+    try:
+        with connected(deployment.load().database, "migrator", "test") as connection:
+            connection.execute(text("SET ROLE litellm_owner"))
+            Base.metadata.create_all(connection)
+            connection.commit()
+        catalogue = from_models.query(_CATALOGUE)
+        assert {row[0] for row in catalogue} >= {"requests", "responses", *VIEWS}
+        assert database.query(_CATALOGUE) == catalogue
+    finally:
+        from_models.drop()
+
+
+def test_a_changed_view_would_be_noticed(database: Database) -> None:
+    before = database.query(_CATALOGUE)
+    changed = create_statements()[0].replace("CREATE VIEW", "CREATE OR REPLACE VIEW").replace("'running'", "'open'")
+    database.execute(changed)
+    assert database.query(_CATALOGUE) != before
+
+
+def test_key_index_is_used_without_its_name(reader: Connection) -> None:
+    reader.execute(text("SET enable_seqscan = off"))
+    plans = [
+        reader.execute(text(f"EXPLAIN {statement}")).scalars().all()
+        for statement in (
+            _literal(queries.last_calls_query(Selection(key=_KEY), 10)),
+            "SELECT * FROM calls WHERE call_id = 'first'",
+        )
+    ]
+    assert "ix_requests_key_prefix_created_at" in str(plans[0])
+    assert "ix_requests_call_id" in str(plans[1])
+
+
+def _literal(query: Any) -> str:
+    return str(query.compile(dialect=postgresql.dialect(), compile_kwargs={"literal_binds": True}))  # type: ignore[no-untyped-call]
+
+
+def _json(deployment: Deployment, *arguments: str) -> Any:
+    done = deployment.run(*arguments, "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    return json.loads(done.stdout)
+
+
+def test_verb_calls(filled: Deployment) -> None:
+    rows = _json(filled, "calls", "--user", "ann")
+    assert [row["created_at"] for row in rows] == [str(_at(-12)), str(_at(-24))]
+    table = filled.run("calls", "--user", "ann").stdout.splitlines()
+    assert table[0].split()[:3] == ["created_at", "id", "status"]
+    assert table[1].startswith("2026-03-10 00:00:00  ")
+    (header, *lines) = csv.reader(io.StringIO(filled.run("calls", "--last", "3", "--csv").stdout))
+    assert (len(lines), lines[1][header.index("status")]) == (3, "running")
+
+
+def test_verb_calls_without_any(filled: Deployment) -> None:
+    assert filled.run("calls", "--model", "none").stdout == "no calls\n"
+    assert _json(filled, "calls", "--model", "none") == []
+
+
+def test_verb_call(filled: Deployment) -> None:
+    assert [row["response"] for row in _json(filled, "call", "twice")] == [{"answer": 42}] * 2
+    lines = dict(line.split(maxsplit=1) for line in filled.run("call", "first").stdout.splitlines() if line)
+    assert (lines["call_id"], lines["request"]) == ("first", '{"ask": "é"}')
+
+
+@pytest.mark.parametrize("identifier", ["unknown", "0195a1b2-0000-7000-8000-000000000000", "x' OR '1'='1"])
+def test_an_unknown_call_is_one_line_and_exit_code_1(filled: Deployment, identifier: str) -> None:
+    done = filled.run("call", identifier)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        f"litellm-sqlalchemy: no call has the id or LiteLLM call id {identifier!r}: see `litellm-sqlalchemy calls`\n"
+    )
+
+
+def test_verb_top(filled: Deployment) -> None:
+    (first, second) = _json(filled, "top", "--since", "2026-03-01", "--order", "cost")
+    assert (first["model"], first["cost"], second["model"]) == ("small", 3.5, "large")
+    assert first["duration_ms_p50"] == 100.0
+    assert filled.run("top", "--since", "2026-03-01", "--last", "1").stdout.count("\n") == 2
+
+
+def test_verb_usage(filled: Deployment) -> None:
+    rows = _json(filled, "usage", "--since", "2026-03-09", "--until", "2026-03-11", "--by", "day,team")
+    assert [(row["day"], row["team"], row["calls"]) for row in rows] == [
+        ("2026-03-09", None, 2), ("2026-03-10", "red", 1), ("2026-03-10", None, 10)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", [["--since", "yesterday"], ["--by", "colour"], ["--until", "3y"]])
+def test_bad_arguments_are_usage_errors(filled: Deployment, arguments: list[str]) -> None:
+    done = filled.run("usage", *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert repr(arguments[1]) in done.stderr
+
+
+def test_reader_login_cannot_write(reader: Connection) -> None:
+    for table in ("requests", "calls"):
+        with pytest.raises(Exception, match=r"permission denied|cannot delete from view"):
+            reader.execute(text(f"DELETE FROM {table}"))
+        reader.rollback()
