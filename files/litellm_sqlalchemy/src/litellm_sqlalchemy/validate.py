@@ -234,6 +234,8 @@ class Validation:
         for statement in _DENIED[login]:
             with self._connect(login) as connection:
                 try:
+                    # a login may be read-only by default, which it can lift: the privilege is what has to be missing
+                    connection.execute(text("SET TRANSACTION READ WRITE"))
                     connection.execute(text(statement))
                 except DBAPIError as error:
                     if getattr(error.orig, "pgcode", None) == _INSUFFICIENT_PRIVILEGE:
