@@ -1,4 +1,3 @@
-{{ ansible_managed | comment }}
 """Start one LiteLLM instance, or check a configuration, with systemd's credentials as environment variables.
 
 Usage: launcher.py CONFIG HOST FIRST_PORT INSTANCE | launcher.py --check
@@ -20,7 +19,8 @@ def leave_link() -> None:
     """Start again from the release itself: modules imported later must not come from the next one."""
     release = Path(sys.prefix).resolve()
     if str(release) != sys.prefix:
-        os.execv(release / "bin/python", ["python", "-I", *sys.argv])
+        python = str(release / "bin/python")
+        os.execv(python, [python, "-I", *sys.argv])
 
 
 def load_credentials() -> Path:
