@@ -1,0 +1,309 @@
+"""The command `postgresql-backup`."""
+
+import argparse
+import grp
+import json
+import os
+import pwd
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+from postgresql_backup import __version__, age, base, drill, dump, dumps, offsite, restore, status
+from postgresql_backup.errors import BackupError, DamagedError, ExitCode, RefusedError, ToolError
+from postgresql_backup.settings import SETTINGS_FILE, Settings, load_settings
+from postgresql_backup.tools import Hashed, duration, lock, megabytes, pump, run, write_file
+
+_EXIT_CODES = "exit codes: " + ", ".join(f"{code.value} {code.name.lower()}" for code in ExitCode)
+_PORT = 5433
+#: Whom root becomes for a verb; the others need root itself.
+_USERS = {
+    "dump": "postgresql-backup",
+    "copy": "postgresql-backup",
+    "prune": "postgresql-backup",
+    "verify": "postgresql-backup",
+    "fetch": "postgresql-backup",
+    "drill": "postgresql-drill",
+    "base": "postgres",
+    "mark": "postgres",
+    "pending": "postgres",
+    "prepare": "postgres",
+    "report": "postgres",
+    "list": "postgres",
+    "status": "postgres",
+}
+_Verb = Callable[[Settings, argparse.Namespace], int]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    options = _parser().parse_args(arguments)
+    os.umask(0o027)
+    try:
+        _become(_USERS.get(options.name, "root"))
+        return int(options.verb(load_settings(options.settings), options))
+    except BackupError as error:
+        print(f"postgresql-backup: {error}", file=sys.stderr)
+        return int(error.exit_code)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _become(user: str) -> None:
+    """Let root be the verb's user for good. Raises RefusedError for anybody else."""
+    entry = pwd.getpwnam(user)
+    if os.geteuid() == entry.pw_uid:
+        return
+    if os.geteuid():
+        raise RefusedError(f"this is for root or {user}: use sudo")
+    os.setgroups([group.gr_gid for group in grp.getgrall() if user in group.gr_mem or group.gr_gid == entry.pw_gid]
+                 + ([grp.getgrnam("postgresql-backup").gr_gid] if user == "postgres" else []))  # fmt: skip
+    os.setgid(entry.pw_gid)
+    os.setuid(entry.pw_uid)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="postgresql-backup",
+        description="Backups of a PostgreSQL cluster that are proven by restoring them.",
+        epilog=f"example: postgresql-backup status --json; {_EXIT_CODES}",
+    )
+    parser.add_argument("--version", action="version", version=f"postgresql-backup {__version__}")
+    parser.add_argument(
+        "--settings", type=Path, default=SETTINGS_FILE, metavar="FILE", help=f"default: {SETTINGS_FILE}"
+    )
+    verbs = parser.add_subparsers(required=True, metavar="VERB", dest="name")
+
+    def add(name: str, verb: _Verb, summary: str) -> argparse.ArgumentParser:
+        added = verbs.add_parser(name, help=summary, description=summary, epilog=_EXIT_CODES)
+        added.set_defaults(verb=verb)
+        return added
+
+    for name, verb, summary in (
+        ("status", _status, "Say how old and how proven the backups are; exit 1 when a check fails."),
+        ("list", _list, "List dumps, base backups and how far back a recovery can go."),
+        ("progress", _progress, "Say how far the running restore is."),
+    ):
+        added = add(name, verb, summary)
+        added.add_argument("--json", action="store_true", help="print JSON")
+        if name == "status":
+            added.add_argument("--metrics", type=Path, metavar="FILE", help="write Prometheus metrics into FILE too")
+    add("dump", _dump, "Take a logical dump (in its unit: postgresql-backup-dump.service).")
+    verify = add("verify", _verify, "Compare stored dumps with their manifests; with --decrypt, their content too.")
+    verify.add_argument("dump", nargs="?", default="", help="name of a dump (default: all)")
+    verify.add_argument("--decrypt", action="store_true", help="read the recovery key from standard input")
+    add("prune", _prune, "Remove the dumps that no retention rule keeps.")
+    add("copy", _copy, "Send dumps to the off-host store (in its unit: postgresql-backup-copy.service).")
+    fetch = add("fetch", _fetch, "Bring a dump back from the off-host store.")
+    fetch.add_argument("dump", nargs="?", default="", help="name of the dump (default: the newest)")
+    add("base", _base, "Take a base backup.").add_argument("kind", choices=["full", "incr"])
+    mark = add(
+        "mark", _mark, "Name this point of time, so that a restore can go back to it; wait until it is archived."
+    )
+    mark.add_argument("point", nargs="?", default="", help="name of the point")
+    drilling = add("drill", _drill, "Restore the newest backup into a spare cluster and look at it (in its unit).")
+    drilling.add_argument("kind", choices=drill.KINDS)
+    drilling.add_argument("--key", type=Path, metavar="FILE", help="file with the recovery key")
+    add("report", _report, "Write a drill's report into the table restore_drills.").add_argument(
+        "kind", choices=drill.KINDS
+    )
+    add("pending", _pending, "Say, as JSON, whether the server has to be reloaded or restarted.")
+    add("first", _first, "Take the first dump and the first base backup where there is none.")
+    add("prepare", _prepare, "Make tables and stanza; refuse a repository of another cluster.")
+    restoring = add("restore", _restore, "Restore into a new cluster beside the live one.")
+    restoring.add_argument("--from", dest="source", choices=["base", "dump"], default="base")
+    restoring.add_argument("--time", default="", help="up to a time, such as 2026-11-23T14:30:00+00:00")
+    restoring.add_argument("--lsn", default="", help="up to an LSN, such as 0/3000148")
+    restoring.add_argument("--point", default="", help="up to a named point")
+    restoring.add_argument(
+        "--dump", default="", help="name of the dump (default: the newest); its key on standard input"
+    )
+    restoring.add_argument("--repository", type=int, default=1, help="repository of the base backup (default: 1)")
+    promoting = add("promote", _promote, "Put the restored cluster into the live one's place; the old data is kept.")
+    discarding = add("discard", _discard, "Remove the restored cluster.")
+    for added in (restoring, promoting, discarding):
+        added.add_argument("--port", type=int, default=_PORT, help=f"port of the restored cluster (default: {_PORT})")
+    return parser
+
+
+def _status(settings: Settings, options: argparse.Namespace) -> int:
+    checks = status.Status(settings)
+    results = []
+    for result in checks.run():
+        results.append(result)
+        if not options.json:
+            remedy = f"; next: {result.remedy}" if result.remedy else ""
+            print(f"{'OK    ' if result.ok else 'FAILED'} {result.id:<24} {result.seen}{remedy}", flush=True)
+    if options.json:
+        ok = all(result.ok for result in results)
+        print(json.dumps({"ok": ok, "checks": [asdict(result) for result in results]}, indent=2))
+    if options.metrics:
+        write_file(options.metrics, status.exposition(checks.metrics).encode(), 0o644)
+        return ExitCode.OK
+    return ExitCode.OK if all(result.ok for result in results) else ExitCode.FAILED
+
+
+def _list(settings: Settings, options: argparse.Namespace) -> int:
+    directory = Path(settings.dumps)
+    found = [dumps.load(directory / name) for name in dumps.names(directory)]
+    bases = base.backups(settings)
+    if options.json:
+        content = {
+            "dumps": [asdict(manifest) for manifest in found],
+            "base_backups": [asdict(backup) for backup in bases],
+        }
+        print(json.dumps(content, indent=2, default=str))
+        return ExitCode.OK
+    for manifest in found:
+        print(
+            f"dump  {manifest.name}  {manifest.rows} rows, {megabytes(manifest.size)}, PostgreSQL {manifest.server_version}"
+        )
+    for backup in bases:
+        print(
+            f"base  {backup.label}  repository {backup.repository}, {backup.kind}, ended {backup.ended.isoformat()}, "
+            f"{megabytes(backup.stored)} of {megabytes(backup.size)}"
+        )
+    if bases:
+        print(f"A recovery can go to any time after {bases[0].ended.isoformat()}.")
+    return ExitCode.OK
+
+
+def _dump(settings: Settings, options: argparse.Namespace) -> int:
+    manifest = dump.take(settings)
+    with lock(Path(settings.dumps) / ".lock"):
+        removed = dumps.prune(Path(settings.dumps), settings.retention)
+    print(
+        f"dump {manifest.name}: {manifest.rows} rows, {megabytes(manifest.size)}, verified; "
+        f"removed {', '.join(removed) or 'none'}"
+    )
+    return ExitCode.OK
+
+
+def _verify(settings: Settings, options: argparse.Namespace) -> int:
+    directory = Path(settings.dumps)
+    identity = sys.stdin.readline() if options.decrypt else ""
+    names = [options.dump] if options.dump else dumps.names(directory)
+    code = ExitCode.OK
+    for name in names:
+        try:
+            manifest = dumps.load(directory / name)
+            dumps.check_files(directory / name, manifest)
+            for file, wanted in manifest.files.items() if identity else ():
+                plain = Hashed()
+                with age.decrypted(directory / name / file, identity) as stream:
+                    pump(stream, plain)
+                if plain.sha256 != wanted["plain_sha256"]:
+                    raise DamagedError(f"dump {name}: {file} decrypts to something else than was dumped")
+            print(f"OK     {name} {megabytes(manifest.size)}{', decrypted' if identity else ''}")
+        except BackupError as error:
+            print(f"FAILED {name} {error}")
+            code = ExitCode.DAMAGED
+    return code
+
+
+def _prune(settings: Settings, options: argparse.Namespace) -> int:
+    with lock(Path(settings.dumps) / ".lock"):
+        print(f"removed {', '.join(dumps.prune(Path(settings.dumps), settings.retention)) or 'none'}")
+    return ExitCode.OK
+
+
+def _rclone_configuration() -> str:
+    directory = os.environ.get("CREDENTIALS_DIRECTORY")
+    if not directory:
+        raise RefusedError(
+            "the off-host store's key is given by systemd only: systemctl start postgresql-backup-copy.service"
+        )
+    return f"{directory}/rclone.conf"
+
+
+def _copy(settings: Settings, options: argparse.Namespace) -> int:
+    print(f"sent {', '.join(offsite.copy(settings, _rclone_configuration())) or 'nothing: all is there'}")
+    return ExitCode.OK
+
+
+def _fetch(settings: Settings, options: argparse.Namespace) -> int:
+    print(offsite.fetch(settings, _rclone_configuration(), options.dump))
+    return ExitCode.OK
+
+
+def _base(settings: Settings, options: argparse.Namespace) -> int:
+    newest = base.take(settings, options.kind)[-1]
+    print(f"base backup {newest.label}: {newest.kind}, {megabytes(newest.stored)} of {megabytes(newest.size)}")
+    return ExitCode.OK
+
+
+def _mark(settings: Settings, options: argparse.Namespace) -> int:
+    marker = base.mark(settings, options.point)
+    print(f"point {marker['name']} at {marker['written_at']}, archived in {marker['segment']}")
+    return ExitCode.OK
+
+
+def _drill(settings: Settings, options: argparse.Namespace) -> int:
+    identity = options.key.read_text() if options.key else ""
+    report = drill.run_drill(settings, options.kind, identity)
+    print(drill.summary([report]))
+    print(f"took {duration(report.total_seconds)}")
+    return ExitCode.OK if report.ok else ExitCode.FAILED
+
+
+def _report(settings: Settings, options: argparse.Namespace) -> int:
+    report = drill.load_report(settings, options.kind)
+    if report is None:
+        raise RefusedError(f"there is no report of a drill of the {options.kind}")
+    drill.store_report(settings, report)
+    return ExitCode.OK
+
+
+def _prepare(settings: Settings, options: argparse.Namespace) -> int:
+    made = base.prepare(settings)
+    repositories = base.check_repositories(settings)
+    print(json.dumps({"changed": made or bool(repositories), "tables": made, "repositories": repositories}))
+    return ExitCode.OK
+
+
+def _pending(settings: Settings, options: argparse.Namespace) -> int:
+    print(json.dumps({"action": base.pending(settings)}))
+    return ExitCode.OK
+
+
+def _first(settings: Settings, options: argparse.Namespace) -> int:
+    """Start the units: only they have the credentials."""
+    there = {backup.repository for backup in base.backups(settings)}
+    units = [] if dumps.names(Path(settings.dumps)) else ["postgresql-backup-dump.service"]
+    units += [] if there >= set(settings.repositories) else ["postgresql-backup-base@full.service"]
+    for unit in units:
+        try:
+            run(["systemctl", "start", unit])
+        except ToolError:
+            said = run(["journalctl", "--unit", unit, "--lines=5", "--output=cat", "--identifier=postgresql-backup"])
+            raise ToolError(
+                f"{unit} failed: {said.strip().splitlines()[-1] if said.strip() else 'see its journal'}"
+            ) from None
+        print(f"started {unit}")
+    return ExitCode.OK
+
+
+def _restore(settings: Settings, options: argparse.Namespace) -> int:
+    if options.source == "dump":
+        print(restore.restore_dump(settings, options.dump, sys.stdin.readline().strip(), options.port))
+    else:
+        target = restore.Target(options.time, options.lsn, options.point)
+        print(restore.restore_base(settings, target, options.repository, options.port))
+    return ExitCode.OK
+
+
+def _promote(settings: Settings, options: argparse.Namespace) -> int:
+    print(restore.promote(settings, options.port))
+    return ExitCode.OK
+
+
+def _discard(settings: Settings, options: argparse.Namespace) -> int:
+    restore.Restored(settings, options.port).discard()
+    print("there is no restored cluster any more")
+    return ExitCode.OK
+
+
+def _progress(settings: Settings, options: argparse.Namespace) -> int:
+    print(json.dumps(restore.progress(settings)))
+    return ExitCode.OK

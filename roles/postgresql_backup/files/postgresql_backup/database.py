@@ -1,0 +1,120 @@
+"""Sessions with the live cluster and with spare ones, and what a snapshot's content is."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from typing import Any
+
+import psycopg2
+from psycopg2 import sql
+from psycopg2.extensions import connection as _connection
+
+from postgresql_backup.errors import DatabaseError
+from postgresql_backup.settings import Settings, credential
+from postgresql_backup.tools import acting_as, run
+
+#: Settings that a value's text depends on: the same everywhere, or digests could differ with the session.
+_TEXT_FORM = (
+    "-c datestyle=ISO -c intervalstyle=iso_8601 -c timezone=UTC -c bytea_output=hex -c extra_float_digits=1 "
+    "-c search_path=pg_catalog -c max_parallel_workers_per_gather=0 -c statement_timeout=0 -c lock_timeout=30s "
+    "-c idle_in_transaction_session_timeout=0"
+)
+_TABLES = """
+SELECT n.nspname, c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+WHERE c.relkind = 'r' AND c.relpersistence = 'p' AND n.nspname !~ '^pg_' AND n.nspname <> 'information_schema'
+ORDER BY 1, 2
+"""
+#: Two seeds give 128 bits; a sum does not depend on the order of the rows.
+_CONTENT = sql.SQL(
+    "SELECT count(*), coalesce(sum(hashtextextended(t::text, 0)), 0), coalesce(sum(hashtextextended(t::text, 1)), 0) "
+    "FROM ONLY {} AS t"
+)
+
+Connection = _connection
+Tables = dict[str, dict[str, Any]]
+
+
+def login() -> dict[str, str]:
+    """Return user and password of the backup role, from systemd's credentials. Raises SettingsError."""
+    content = json.loads(credential("database.json"))
+    return {"user": str(content["user"]), "password": str(content["password"])}
+
+
+def libpq(settings: Settings, who: dict[str, str]) -> dict[str, str]:
+    """Return the environment with which PostgreSQL's programs log in."""
+    extra = {"PGHOST": settings.socket, "PGPORT": str(settings.port), "PGUSER": who["user"]}
+    if "password" in who:
+        extra["PGPASSWORD"] = who["password"]
+    return {**extra, "PGOPTIONS": "-c statement_timeout=0 -c lock_timeout=30s"}
+
+
+@contextmanager
+def session(
+    settings: Settings, database: str, who: dict[str, str] | None = None, *, socket: str = "", port: int = 0
+) -> Iterator[Connection]:
+    """Open an autocommit session over a socket; as the superuser unless `who` says otherwise. Raises DatabaseError."""
+    login_arguments: dict[str, Any] = {**(who or {"user": "postgres"})}
+    try:
+        with acting_as("postgres"):
+            opened = psycopg2.connect(
+                host=socket or settings.socket,
+                port=port or settings.port,
+                dbname=database,
+                application_name="postgresql-backup",
+                options=_TEXT_FORM,
+                connect_timeout=10,
+                **login_arguments,
+            )
+        with closing(opened) as connection:
+            connection.autocommit = True
+            yield connection
+    except psycopg2.Error as error:
+        reason = str(error.diag.message_primary or error).strip().splitlines()[-1]
+        raise DatabaseError(f"database {database}: {reason}") from None
+
+
+def rows(connection: Connection, statement: str | sql.Composable, *parameters: Any) -> list[tuple[Any, ...]]:
+    """Run a query with parameters (values, or one mapping) and return all its rows."""
+    named = len(parameters) == 1 and isinstance(parameters[0], dict)
+    with connection.cursor() as cursor:
+        cursor.execute(statement, parameters[0] if named else parameters or None)
+        return list(cursor.fetchall()) if cursor.description else []
+
+
+def one(connection: Connection, statement: str, *parameters: Any) -> Any:
+    """Return the only value of a query's only row."""
+    return rows(connection, statement, *parameters)[0][0]
+
+
+def contents(connection: Connection) -> Tables:
+    """Return row count and content digest of each table, as this session's snapshot sees them."""
+    found: Tables = {}
+    for schema, table in rows(connection, _TABLES):
+        count, first, second = rows(connection, _CONTENT.format(sql.Identifier(schema, table)))[0]
+        digest = f"{int(first) % 2**64:016x}{int(second) % 2**64:016x}"
+        found[f"{schema}.{table}"] = {"rows": count, "digest": digest}
+    return found
+
+
+def schema_digest(settings: Settings, database: str, login_environment: dict[str, str], snapshot: str = "") -> str:
+    """Return the SHA-256 of all definitions, owners and privileges in a database."""
+    command = [f"{settings.bin}/pg_dump", "--schema-only", "--no-password"]
+    if snapshot:
+        command.append(f"--snapshot={snapshot}")
+    text = run([*command, f"--dbname={database}"], extra=login_environment)
+    # Comments hold versions, \restrict a random word.
+    lines = [line for line in text.splitlines() if line and not line.startswith(("--", "\\"))]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def differences(wanted: Tables, found: Tables) -> list[str]:
+    """Say, for each table, how two contents differ."""
+    result = [f"table {name} is missing" for name in sorted(wanted.keys() - found.keys())]
+    result += [f"table {name} should not be there" for name in sorted(found.keys() - wanted.keys())]
+    for name in sorted(wanted.keys() & found.keys()):
+        if wanted[name]["rows"] != found[name]["rows"]:
+            result.append(f"table {name} has {found[name]['rows']} rows instead of {wanted[name]['rows']}")
+        elif wanted[name]["digest"] != found[name]["digest"]:
+            result.append(f"table {name} has another content in its {found[name]['rows']} rows")
+    return result

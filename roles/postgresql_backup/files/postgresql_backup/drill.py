@@ -1,0 +1,256 @@
+"""Restore drills: a backup is good when a spare cluster was made of it and holds what was there.
+
+A report says when, what, whether it is good and how long it took; `postgresql-backup report` writes it to the table.
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from postgresql_backup import age, base, dumps
+from postgresql_backup.database import contents, differences, one, rows, schema_digest, session
+from postgresql_backup.dumps import Manifest
+from postgresql_backup.errors import BackupError, DamagedError, ExitCode, RefusedError, SettingsError, ToolError
+from postgresql_backup.settings import Settings
+from postgresql_backup.spare import Spare
+from postgresql_backup.tools import duration, lock, megabytes, run, utc, write_json
+
+KINDS = ("dump", "base")
+
+
+@dataclass
+class Report:
+    """What a drill found; times are UTC (ISO 8601), durations are seconds."""
+
+    kind: str
+    started_at: str
+    ok: bool = False
+    backup: str = ""
+    message: str = ""
+    recovered_to: str | None = None
+    recovery_seconds: float | None = None
+    total_seconds: float = 0.0
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+def report_file(settings: Settings, kind: str) -> Path:
+    """Return where the newest report of a kind is."""
+    return Path(settings.drill) / f"{kind}.json"
+
+
+def load_report(settings: Settings, kind: str) -> Report | None:
+    """Return the newest report of a kind, None before the first drill."""
+    try:
+        return Report(**json.loads(report_file(settings, kind).read_bytes()))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError) as error:
+        return Report(kind, utc(0.0).isoformat(), message=f"the report cannot be read: {error}")
+
+
+def run_drill(settings: Settings, kind: str, identity: str = "") -> Report:
+    """Restore the newest backup of a kind, look at it, leave a report; `identity` decrypts in the place of the own key."""
+    report = Report(kind, utc(time.time()).isoformat())
+    began = time.monotonic()
+    with lock(Path(settings.drill) / ".lock"):
+        # Until the end it counts as failed: a drill that is killed leaves a red report, not an old green one.
+        report.message = "the drill did not come to its end: journalctl -u 'postgresql-backup-drill@*'"
+        write_json(report_file(settings, kind), asdict(report))
+        try:
+            spare = Spare(settings)
+            with spare.place():
+                (
+                    _drill_dump(settings, spare, report, identity)
+                    if kind == "dump"
+                    else _drill_base(settings, spare, report)
+                )
+            report.ok = True
+        except BackupError as error:
+            report.message = str(error)
+            report.details["error"] = ExitCode(error.exit_code).name
+        except OSError as error:
+            report.message = f"{error.filename or settings.drill}: {error.strerror}"
+        report.total_seconds = round(time.monotonic() - began, 1)
+        write_json(report_file(settings, kind), asdict(report))
+    return report
+
+
+def _drill_dump(settings: Settings, spare: Spare, report: Report, identity: str) -> None:
+    directory = Path(settings.dumps)
+    report.backup = (dumps.names(directory) or [""])[-1]
+    manifest = dumps.newest(directory)
+    check_age("dump", manifest.moment, settings.limit("dump"))
+    check_version(settings, manifest.server_version)
+    dumps.check_files(directory / manifest.name, manifest)
+    _check_not_emptied(directory, manifest)
+    identity = identity or own_identity(settings, manifest)
+    began = time.monotonic()
+    spare.initialise()
+    spare.start()
+    restore_dump(settings, directory / manifest.name, manifest, identity, spare.libpq, spare.directory)
+    report.recovery_seconds = round(time.monotonic() - began, 1)
+    problems = []
+    for database, wanted in manifest.databases.items():
+        with spare.session(database) as connection:
+            problems += differences(wanted["tables"], contents(connection))
+        if schema_digest(settings, database, spare.libpq) != wanted["schema_digest"]:
+            problems.append(f"the definitions in database {database} are not those that were dumped")
+    if problems:
+        raise DamagedError(f"dump {manifest.name}: {'; '.join(problems)}")
+    spare.check_structure()
+    report.recovered_to = next(iter(manifest.databases.values()))["snapshot_at"]
+    report.details |= {"rows": manifest.rows, "size": manifest.size, "restored_size": spare.size}
+    report.message = (
+        f"dump {manifest.name} restored in {duration(report.recovery_seconds)}: {manifest.rows} rows in "
+        f"{sum(len(database['tables']) for database in manifest.databases.values())} tables are what was dumped, "
+        f"pg_amcheck finds no damage ({megabytes(spare.size)})"
+    )
+
+
+def _drill_base(settings: Settings, spare: Spare, report: Report) -> None:
+    options = [f"--config={_configuration()}"]
+    found = [backup for backup in base.backups(settings, options) if backup.repository == 1]
+    if not found:
+        raise DamagedError("there is no base backup: systemctl start postgresql-backup-base@full.service")
+    backup = found[-1]
+    report.backup = backup.label
+    check_age("base backup", backup.ended, settings.limit("base_backup"))
+    if backup.error:
+        raise DamagedError(
+            f"base backup {backup.label} holds pages whose checksum is wrong: pgbackrest info says which"
+        )
+    marker = _marker(settings)
+    if datetime.fromisoformat(marker["written_at"]) <= backup.ended:
+        raise DamagedError(
+            "no marker was written after the base backup: systemctl start postgresql-backup-mark.service"
+        )
+    if shutil.disk_usage(settings.drill).free < backup.size * 1.2:
+        raise RefusedError(f"{settings.drill} has not the {megabytes(backup.size * 1.2)} that the drill needs")
+    began = time.monotonic()
+    try:
+        run(["pgbackrest", *options, f"--stanza={settings.stanza}", "--repo=1", f"--set={backup.label}",
+             f"--pg1-path={spare.data}", "--type=default", "--archive-mode=off", "restore"])  # fmt: skip
+    except ToolError as error:
+        raise DamagedError(f"base backup {backup.label}: {error}") from None
+    version = (spare.data / "PG_VERSION").read_text().strip()
+    check_version(settings, version)
+    spare.start()
+    report.recovery_seconds = round(time.monotonic() - began, 1)
+    with spare.session(settings.bookkeeping) as connection:
+        last = rows(connection, "SELECT max(id), max(written_at) FROM backup.markers")[0]
+    report.recovered_to = last[1].isoformat() if last[1] else None
+    if (last[0] or 0) < marker["id"]:
+        raise DamagedError(
+            f"archived WAL is missing: marker {marker['id']} of {marker['written_at'][:19]} did not come back, the last "
+            f"one is {last[0]} of {str(last[1])[:19]}; {spare.last_words()}"
+        )
+    spare.check_structure()
+    report.details |= {"marker": marker["id"], "size": backup.size, "restored_size": spare.size}
+    report.message = (
+        f"base backup {backup.label} and the WAL after it restored in {duration(report.recovery_seconds)}: marker "
+        f"{marker['id']} of {marker['written_at'][:19]} is back, pg_amcheck finds no damage ({megabytes(spare.size)})"
+    )
+
+
+def check_age(what: str, moment: datetime, limit: int) -> None:
+    """Raise DamagedError when the newest backup is stale."""
+    seconds = (datetime.now(UTC) - moment).total_seconds()
+    if seconds > limit:
+        raise DamagedError(
+            f"the newest {what} is stale: {duration(seconds)} old, at most {duration(limit)} are allowed"
+        )
+
+
+def check_version(settings: Settings, version: str) -> None:
+    """Raise DamagedError when a backup is of a server that the programs here cannot be."""
+    if version.split(".")[0] != settings.version:
+        raise DamagedError(f"the backup is of PostgreSQL {version}, this host has {settings.version}: wrong version")
+
+
+def own_identity(settings: Settings, manifest: Manifest) -> str:
+    """Return the identity that the dump left in memory for its drill. Raises SettingsError."""
+    try:
+        return (Path(settings.run) / f"{manifest.name}.key").read_text()
+    except OSError:
+        raise SettingsError(
+            f"the drill's key of dump {manifest.name} went with the last start of this host: "
+            "systemctl start postgresql-backup-dump.service, or use playbooks/run-restore-drill.yml with the recovery key"
+        ) from None
+
+
+def restore_dump(
+    settings: Settings, folder: Path, manifest: Manifest, identity: str, libpq: dict[str, str], scratch: Path
+) -> None:
+    """Restore roles and databases of a dump into an empty cluster. Raises DamagedError, ToolError."""
+    with age.decrypted(folder / "globals.sql.age", identity) as stream:
+        text = stream.read()
+    # The superuser is there already, whatever the cluster's other roles are.
+    statements = b"\n".join(line for line in text.splitlines() if line != b"CREATE ROLE postgres;")
+    command = [f"{settings.bin}/psql", "--no-psqlrc", "--quiet", "--set=ON_ERROR_STOP=1", "--dbname=postgres"]
+    run(command, extra=libpq, stdin=statements, user="postgres")
+    for database in manifest.databases:
+        plain = scratch / f"{database}.dump"
+        try:
+            with age.decrypted(folder / f"{database}.dump.age", identity) as stream, plain.open("xb") as target:
+                if not os.geteuid():
+                    shutil.chown(plain, "postgres")
+                shutil.copyfileobj(stream, target, 1024 * 1024)
+            run([f"{settings.bin}/pg_restore", "--create", "--exit-on-error", f"--jobs={settings.drill_jobs}",
+                 "--no-password", "--dbname=postgres", str(plain)], extra=libpq, user="postgres")  # fmt: skip
+        except ToolError as error:
+            raise DamagedError(f"dump {manifest.name}: {error}") from None
+        finally:
+            plain.unlink(missing_ok=True)
+
+
+def store_report(settings: Settings, report: Report) -> None:
+    """Write a report into the table of drills, once. Raises DatabaseError."""
+    with session(settings, settings.bookkeeping) as connection:
+        rows(
+            connection,
+            "INSERT INTO backup.restore_drills (started_at, kind, ok, backup, message, recovered_to, recovery_seconds, "
+            "total_seconds, details) SELECT %(started_at)s, %(kind)s, %(ok)s, nullif(%(backup)s, ''), %(message)s, "
+            "%(recovered_to)s, %(recovery_seconds)s, %(total_seconds)s, %(details)s WHERE NOT EXISTS (SELECT FROM "
+            "backup.restore_drills WHERE started_at = %(started_at)s::timestamptz AND kind = %(kind)s)",
+            {**asdict(report), "details": json.dumps(report.details)},
+        )
+        one(connection, "SELECT 1")
+
+
+def _check_not_emptied(directory: Path, manifest: Manifest) -> None:
+    if not any(database["tables"] for database in manifest.databases.values()):
+        raise DamagedError(f"dump {manifest.name} is empty: there is no table in it")
+    if manifest.rows:
+        return
+    for name in dumps.names(directory)[-2::-1]:
+        before = dumps.load(directory / name)
+        if before.rows:
+            raise DamagedError(f"dump {manifest.name} is empty, dump {name} held {before.rows} rows")
+
+
+def _configuration() -> str:
+    directory = os.environ.get("CREDENTIALS_DIRECTORY")
+    if not directory:
+        raise SettingsError("a drill needs its unit: systemctl start postgresql-backup-drill@base.service")
+    return f"{directory}/pgbackrest.conf"
+
+
+def _marker(settings: Settings) -> dict[str, Any]:
+    try:
+        marker: dict[str, Any] = json.loads((Path(settings.run) / "marker.json").read_bytes())
+    except (OSError, ValueError):
+        raise DamagedError("there is no marker: systemctl start postgresql-backup-mark.service") from None
+    return marker
+
+
+def summary(reports: Sequence[Report]) -> str:
+    """Return one line for each report."""
+    return "\n".join(
+        f"{'OK    ' if report.ok else 'FAILED'} drill of {report.kind}: {report.message}" for report in reports
+    )

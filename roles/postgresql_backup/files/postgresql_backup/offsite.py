@@ -1,0 +1,94 @@
+"""Copies of the dumps on another host or in an object store; rclone moves the bytes.
+
+A copy is whole when its manifest is there: the manifest is sent last. Base backups and WAL go to the second repository
+by pgBackRest itself.
+"""
+
+import json
+import os
+import time
+from pathlib import Path
+
+from postgresql_backup import dumps
+from postgresql_backup.errors import DamagedError, RefusedError
+from postgresql_backup.settings import Settings
+from postgresql_backup.tools import lock, run, utc, write_json
+
+STATE = "offsite.json"
+
+
+def copy(settings: Settings, config: str) -> list[str]:
+    """Send what is missing there, remove what no rule keeps there; return the names sent. Raises BackupError."""
+    if not settings.offsite:
+        raise RefusedError("no off-host copy is configured: put a host into the inventory group backup")
+    directory = Path(settings.dumps)
+    rclone = ["rclone", f"--config={config}", "--contimeout=15s", "--low-level-retries=3", "--retries=2"]
+    with lock(directory / ".copy-lock"):
+        there = _whole(rclone, settings.offsite)
+        sent = []
+        for name in sorted(dumps.kept(dumps.names(directory), settings.retention) - there.keys()):
+            manifest = dumps.load(directory / name)
+            dumps.check_files(directory / name, manifest)
+            target = f"{settings.offsite}/{name}"
+            _run([*rclone, "copy", "--exclude=manifest.json", str(directory / name), target])
+            _compare(rclone, target, manifest)
+            _run([*rclone, "copyto", str(directory / name / "manifest.json"), f"{target}/manifest.json"])
+            sent.append(name)
+            there[name] = 1
+        for name in sorted(there.keys() - dumps.kept(there, settings.retention)):
+            _run([*rclone, "purge", f"{settings.offsite}/{name}"])
+            del there[name]
+        write_json(
+            directory / f".{STATE}",
+            {"newest": max(there, default=""), "count": len(there), "at": utc(time.time()).isoformat()},
+        )
+    return sent
+
+
+def fetch(settings: Settings, config: str, name: str = "") -> Path:
+    """Bring a dump (the newest, unless named) back from its copy; return its directory."""
+    rclone = ["rclone", f"--config={config}", "--contimeout=15s"]
+    there = _whole(rclone, settings.offsite)
+    name = name or max(there, default="")
+    if name not in there:
+        raise RefusedError(
+            f"{settings.offsite} holds no dump {name or 'at all'}; it holds {', '.join(there) or 'none'}"
+        )
+    directory = Path(settings.dumps)
+    with lock(directory / ".lock"):
+        target = directory / name
+        if not target.exists():
+            partial = directory / f"{dumps.PARTIAL}{name}"
+            _run([*rclone, "copy", f"{settings.offsite}/{name}", str(partial)])
+            manifest = json.loads((partial / "manifest.json").read_bytes())
+            dumps.check_files(partial, dumps.Manifest(**manifest))
+            dumps.promote(partial, directory, dumps.Manifest(**manifest))
+    return target
+
+
+def _run(command: list[str]) -> str:
+    """Run rclone, which finds the key of the store beside its configuration."""
+    return run(
+        command, extra={"CREDENTIALS_DIRECTORY": os.environ.get("CREDENTIALS_DIRECTORY", ""), "HOME": "/nonexistent"}
+    )
+
+
+def _whole(rclone: list[str], remote: str) -> dict[str, int]:
+    """Return the names of the whole copies."""
+    _run([*rclone, "mkdir", remote])
+    listed = json.loads(_run([*rclone, "lsjson", "--recursive", "--files-only", "--no-modtime", remote]) or "[]")
+    return {
+        str(file["Path"]).split("/")[0]: 1
+        for file in listed
+        if str(file["Path"]).endswith("/manifest.json") and dumps.NAME.match(str(file["Path"]).split("/")[0])
+    }
+
+
+def _compare(rclone: list[str], target: str, manifest: dumps.Manifest) -> None:
+    sizes = {
+        file["Path"]: file["Size"]
+        for file in json.loads(_run([*rclone, "lsjson", "--files-only", "--no-modtime", target]))
+    }
+    for name, wanted in manifest.files.items():
+        if sizes.get(name) != wanted["size"]:
+            raise DamagedError(f"{target}/{name} has {sizes.get(name, 0)} bytes instead of {wanted['size']}")

@@ -1,0 +1,194 @@
+"""Status: how old and how proven the backups are, each check with what was seen and what to do; and as metrics."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from postgresql_backup import base, drill, dumps
+from postgresql_backup.database import rows, session
+from postgresql_backup.errors import BackupError, DamagedError
+from postgresql_backup.offsite import STATE
+from postgresql_backup.settings import Settings
+from postgresql_backup.tools import duration, megabytes
+
+_ARCHIVE = """
+SELECT last_archived_wal, extract(epoch FROM last_archived_time), failed_count, last_failed_wal,
+  coalesce(last_failed_time > coalesce(last_archived_time, '-infinity'), false),
+  (SELECT count(*) FROM pg_ls_archive_statusdir() WHERE name LIKE '%%.ready'),
+  (SELECT coalesce(extract(epoch FROM clock_timestamp() - min(modification)), 0) FROM pg_ls_archive_statusdir()
+    WHERE name LIKE '%%.ready'),
+  current_setting('archive_mode'), extract(epoch FROM clock_timestamp())
+FROM pg_stat_archiver
+"""
+
+
+@dataclass
+class Result:
+    """One check: its id, whether it passed, what was seen, and the next step where it did not."""
+
+    id: str
+    ok: bool
+    seen: str
+    remedy: str = ""
+
+
+class Status:
+    """Runs the checks and keeps what the metrics need."""
+
+    def __init__(self, settings: Settings, now: float | None = None) -> None:
+        """Take the settings; `now` is Unix time."""
+        self._settings = settings
+        self._now = time.time() if now is None else now
+        self.metrics: dict[str, float] = {}
+
+    def run(self) -> Iterator[Result]:
+        """Yield one result per check."""
+        checks: list[tuple[str, Callable[[], str], str]] = [
+            ("dump.newest", self._dump, "systemctl start postgresql-backup-dump.service"),
+            ("dump.files", self._files, "postgresql-backup verify"),
+            *(
+                (f"base_backup.newest[{number}]", lambda number=number: self._base(number), self._base_remedy)
+                for number in self._settings.repositories
+            ),
+            ("archive.working", self._archive, "journalctl -u postgresql@17-main; docs/operations/backup.md"),
+            *(
+                (
+                    f"drill.{kind}",
+                    lambda kind=kind: self._drill(kind),
+                    f"systemctl start postgresql-backup-drill@{kind}.service",
+                )
+                for kind in drill.KINDS
+            ),
+            *(
+                [("offsite.dumps", self._offsite, "systemctl start postgresql-backup-copy.service")]
+                if self._settings.offsite
+                else []
+            ),
+        ]
+        for identifier, check, remedy in checks:
+            try:
+                result = Result(identifier, True, check())
+            except BackupError as error:
+                result = Result(identifier, False, str(error), remedy)
+            self.metrics[f'postgresql_backup_check{{check="{identifier}"}}'] = int(result.ok)
+            yield result
+
+    _base_remedy = "systemctl start postgresql-backup-base@full.service"
+
+    def _dump(self) -> str:
+        manifest = dumps.newest(Path(self._settings.dumps))
+        self._success("dump", manifest.moment.timestamp())
+        self.metrics['postgresql_backup_size_bytes{kind="dump"}'] = manifest.size
+        age = self._age("dump", manifest.moment.timestamp(), "dump")
+        return f"{manifest.name}, {age} old, {manifest.rows} rows, {megabytes(manifest.size)}"
+
+    def _files(self) -> str:
+        directory = Path(self._settings.dumps)
+        found = dumps.names(directory)
+        for name in found:
+            manifest = dumps.load(directory / name)
+            for file, wanted in manifest.files.items():
+                path = directory / name / file
+                size = path.stat().st_size if path.exists() else -1
+                if size != wanted["size"]:
+                    raise DamagedError(f"{name}/{file} has {size} bytes instead of {wanted['size']}")
+        return f"{len(found)} dumps have all their files"
+
+    def _base(self, repository: int) -> str:
+        found = [backup for backup in base.backups(self._settings) if backup.repository == repository]
+        if not found:
+            raise DamagedError(f"there is no base backup in repository {repository}")
+        newest = found[-1]
+        self._success(f"base_backup_{repository}", newest.ended.timestamp())
+        self.metrics[f'postgresql_backup_size_bytes{{kind="base_backup_{repository}"}}'] = newest.stored
+        age = self._age("base backup", newest.ended.timestamp(), "base_backup")
+        if newest.error:
+            raise DamagedError(f"{newest.label} holds pages whose checksum is wrong")
+        return f"{newest.label}, {age} old; {len(found)} backups since {found[0].ended:%Y-%m-%d %H:%M} UTC"
+
+    def _archive(self) -> str:
+        with session(self._settings, "postgres") as connection:
+            last, at, failed, failed_wal, failing, ready, oldest, mode, now = rows(connection, _ARCHIVE)[0]
+        self.metrics["postgresql_backup_archive_failed_total"] = failed
+        self.metrics["postgresql_backup_archive_waiting"] = ready
+        self.metrics["postgresql_backup_archive_lag_seconds"] = round(float(oldest), 1)
+        if mode != "on":
+            raise DamagedError(f"archive_mode is {mode}: run playbooks/backup.yml")
+        if last is None:
+            raise DamagedError("no WAL was archived yet")
+        self._success("wal", float(at))
+        seen = f"{last} archived {duration(float(now) - float(at))} ago"
+        if failing:
+            raise DamagedError(f"archiving of {failed_wal} fails ({failed} failures); {seen}, {ready} segments wait")
+        if oldest > self._settings.limit("archive"):
+            raise DamagedError(f"{ready} WAL segments wait for {duration(oldest)}; {seen}")
+        return f"{seen}, {ready} segments wait"
+
+    def _drill(self, kind: str) -> str:
+        report = drill.load_report(self._settings, kind)
+        if report is None:
+            first = dumps.names(Path(self._settings.dumps))[:1]
+            if not first:
+                raise DamagedError("there was no drill yet")
+            begun = datetime.strptime(first[0], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC).timestamp()
+            self._age("first drill: none yet; the first dump", begun, "drill")
+            return "none yet; the timer postgresql-backup-drill.timer starts the first"
+        at = datetime.fromisoformat(report.started_at).timestamp()
+        if not report.ok:
+            raise DamagedError(f"{report.started_at[:19]}: {report.message}")
+        self._success(f"drill_{kind}", at)
+        self.metrics[f'postgresql_backup_recovery_seconds{{kind="{kind}"}}'] = report.recovery_seconds or 0
+        age = self._age("drill", at, "drill")
+        return f"{age} ago, recovery time {duration(report.recovery_seconds or 0)}: {report.message}"
+
+    def _offsite(self) -> str:
+        file = Path(self._settings.dumps) / f".{STATE}"
+        try:
+            state: dict[str, Any] = json.loads(file.read_bytes())
+        except (OSError, ValueError):
+            raise DamagedError("no dump was copied yet") from None
+        if not state["newest"]:
+            raise DamagedError("no dump is there")
+        at = datetime.strptime(state["newest"], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC).timestamp()
+        self._success("offsite", at)
+        age = self._age("copy", at, "offsite")
+        return f"{state['newest']}, {age} old; {state['count']} dumps in {self._settings.offsite}"
+
+    def _age(self, what: str, moment: float, limit: str) -> str:
+        """Return how old something is. Raises DamagedError when that is too old, or from a clock that runs ahead."""
+        seconds = self._now - moment
+        if seconds < -300:
+            raise DamagedError(f"the newest {what} is from the future by {duration(-seconds)}: check the clocks")
+        if seconds > self._settings.limit(limit):
+            allowed = duration(self._settings.limit(limit))
+            raise DamagedError(f"the newest {what} is {duration(seconds)} old, at most {allowed} are allowed")
+        return duration(max(seconds, 0))
+
+    def _success(self, kind: str, moment: float) -> None:
+        self.metrics[f'postgresql_backup_last_success_timestamp_seconds{{kind="{kind}"}}'] = round(moment)
+
+
+_HELP = {
+    "postgresql_backup_check": "1 when a check of `postgresql-backup status` passes",
+    "postgresql_backup_last_success_timestamp_seconds": "When the newest good one was taken",
+    "postgresql_backup_size_bytes": "Size of the newest one as stored",
+    "postgresql_backup_recovery_seconds": "Time to recovery that the last drill measured",
+    "postgresql_backup_archive_failed_total": "Failed attempts to archive WAL since the server's statistics began",
+    "postgresql_backup_archive_waiting": "WAL segments that wait for the archive",
+    "postgresql_backup_archive_lag_seconds": "How long the oldest of them has waited",
+}
+
+
+def exposition(metrics: dict[str, float]) -> str:
+    """Return metrics in Prometheus' text format."""
+    lines = []
+    for name, text in _HELP.items():
+        samples = [f"{key} {value}" for key, value in sorted(metrics.items()) if key.split("{")[0] == name]
+        if samples:
+            kind = "counter" if name.endswith("_total") else "gauge"
+            lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}", *samples]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,174 @@
+"""Programs that do the work, locks and files that appear whole or not at all."""
+
+import fcntl
+import hashlib
+import json
+import os
+import pwd
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any
+
+from postgresql_backup.errors import LockedError, ToolError
+
+_BLOCK = 1024 * 1024
+
+
+def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return the environment of a program: untranslated, with `extra`."""
+    return {"PATH": "/usr/bin:/bin:/usr/sbin:/sbin", "LC_ALL": "C.UTF-8", **(extra or {})}
+
+
+def run(
+    command: Sequence[str],
+    *,
+    extra: Mapping[str, str] | None = None,
+    stdin: bytes | None = None,
+    user: str = "",
+) -> str:
+    """Run a program and return what it printed; `user` is whom root becomes for it. Raises ToolError."""
+    identity: dict[str, Any] = {"user": user, "group": user, "extra_groups": []} if user and not os.geteuid() else {}
+    done = subprocess.run(
+        command, input=stdin, capture_output=True, env=environment(extra), check=False, cwd="/", **identity
+    )
+    if done.returncode:
+        raise ToolError(f"{Path(command[0]).name} failed: {last_words(done.stderr, done.stdout, done.returncode)}")
+    return (done.stdout or b"").decode(errors="replace")
+
+
+def last_words(stderr: bytes | None, stdout: bytes | None, code: int) -> str:
+    """Return the line of a program's output that says best why it failed."""
+    lines = [line.strip() for line in (stderr or stdout or b"").decode(errors="replace").splitlines() if line.strip()]
+    telling = [line for line in lines if "ERROR" in line or "error:" in line or "FATAL" in line]
+    return (telling or lines or [f"exit status {code}"])[0 if telling else -1][:500]
+
+
+class Hashed:
+    """Writes through to a file while it counts and hashes."""
+
+    def __init__(self, file: IO[bytes] | None = None) -> None:
+        self._file, self._hash, self.size = file, hashlib.sha256(), 0
+
+    def write(self, data: bytes) -> None:
+        """Take a block."""
+        self._hash.update(data)
+        self.size += len(data)
+        if self._file is not None:
+            self._file.write(data)
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of all blocks, in hexadecimal."""
+        return self._hash.hexdigest()
+
+
+def pump(source: IO[bytes], *targets: Hashed | IO[bytes]) -> None:
+    """Copy a stream into every target."""
+    while block := source.read(_BLOCK):
+        for target in targets:
+            target.write(block)
+
+
+def hash_file(file: Path) -> Hashed:
+    """Return size and SHA-256 of a file."""
+    hashed = Hashed()
+    with file.open("rb") as source:
+        pump(source, hashed)
+    return hashed
+
+
+def write_file(file: Path, content: bytes, mode: int = 0o640) -> None:
+    """Put `content` in the place of `file`, atomically and durably."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+    with os.fdopen(descriptor, "wb") as target:
+        os.fchmod(descriptor, mode)
+        target.write(content)
+        target.flush()
+        os.fsync(descriptor)
+    temporary.replace(file)
+    sync_directory(file.parent)
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Write JSON for people and programs."""
+    write_file(file, json.dumps(content, indent=1, sort_keys=True).encode() + b"\n")
+
+
+def sync_directory(directory: Path) -> None:
+    """Make the names in a directory durable."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def lock(file: Path) -> Iterator[None]:
+    """Hold an exclusive lock. Raises LockedError that names the holder and its age."""
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o640)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(descriptor, 64).decode(errors="replace").strip() or "unknown"
+            age = int(time.time() - os.fstat(descriptor).st_mtime)
+            raise LockedError(f"{file} is held by process {holder} since {age} s: wait for it to end") from None
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def acting_as(user: str) -> Iterator[None]:
+    """Let root be another user for a while; anybody else stays who he is."""
+    if os.geteuid():
+        yield
+        return
+    entry = pwd.getpwnam(user)
+    os.setegid(entry.pw_gid)
+    os.seteuid(entry.pw_uid)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float, interval: float = 0.2) -> bool:
+    """Wait until a condition holds; return whether it does."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(interval)
+    return True
+
+
+def utc(moment: datetime | float) -> datetime:
+    """Return a moment in UTC without fractions of a second."""
+    if isinstance(moment, (int, float)):
+        moment = datetime.fromtimestamp(moment, UTC)
+    return moment.astimezone(UTC).replace(microsecond=0)
+
+
+def duration(seconds: float) -> str:
+    """Say a duration in the two units that matter."""
+    seconds = int(seconds)
+    for unit, size, smaller, smaller_size in (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
+        if seconds >= size:
+            rest = seconds % size // smaller_size
+            return f"{seconds // size} {unit}" + (f" {rest} {smaller}" if rest else "")
+    return f"{seconds} s"
+
+
+def megabytes(size: float) -> str:
+    """Say a size in MB."""
+    return f"{size / 1e6:.1f} MB"
