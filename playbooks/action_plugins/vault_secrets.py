@@ -27,8 +27,24 @@ def random_text(length: int = 48) -> str:
     return "".join(secrets.choice(LETTERS) for _ in range(length))
 
 
+def age_identity() -> str:
+    """Return a private key for age (https://age-encryption.org/v1, X25519), in Bech32 (BIP 173)."""
+    prefix, charset = "age-secret-key-", "qpzry9x8gf2tvdw0s3jn54khce6mua7l"
+    bits = f"{secrets.randbits(256):0256b}" + "0000"
+    values = [int(bits[start : start + 5], 2) for start in range(0, 260, 5)]
+    check = 1
+    expanded = [ord(character) >> 5 for character in prefix] + [0] + [ord(character) & 31 for character in prefix]
+    for value in [*expanded, *values, *[0] * 6]:
+        top, check = check >> 25, (check & 0x1FFFFFF) << 5 ^ value
+        for bit, generator in enumerate((0x3B6A57B2, 0x26508E6D, 0x1EA119FA, 0x3D4233DD, 0x2A1462B3)):
+            check ^= generator if top >> bit & 1 else 0
+    values += [(check ^ 1) >> 5 * (5 - place) & 31 for place in range(6)]
+    return (prefix + "1" + "".join(charset[value] for value in values)).upper()
+
+
 KINDS: dict[str, Callable[[], str]] = {
     "password": lambda: f'"{random_text()}"',
+    "age_identity": lambda: f'"{age_identity()}"',
     "gateway_key": lambda: f'"sk-{random_text()}"',
     "empty_dict": lambda: "{}",
 }
