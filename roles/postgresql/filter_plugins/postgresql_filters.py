@@ -5,12 +5,10 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
-import ipaddress
 import re
 import secrets
 import stringprep
 import unicodedata
-from datetime import UTC, datetime
 
 from ansible.errors import AnsibleFilterError
 
@@ -88,25 +86,6 @@ def without_passwords(pairs: list[dict]) -> list[dict]:
     return [{key: value for key, value in pair.items() if key != "password"} for pair in pairs]
 
 
-def subject_alt_names(names: list[str]) -> list[str]:
-    """Return names and addresses as the entries of a certificate's subjectAltName, each once."""
-    entries = []
-    for name in names:
-        try:
-            entry = f"IP:{ipaddress.ip_address(name)}"
-        except ValueError:
-            entry = f"DNS:{name}"
-        if entry not in entries:
-            entries.append(entry)
-    return entries
-
-
-def days_left(not_after: str) -> int:
-    """Return the whole days from now to an ASN.1 time such as 20271231235959Z."""
-    end = datetime.strptime(not_after, "%Y%m%d%H%M%SZ").replace(tzinfo=UTC)
-    return (end - datetime.now(UTC)).days
-
-
 class FilterModule:
     """What Ansible loads."""
 
@@ -115,6 +94,4 @@ class FilterModule:
             "postgresql_scram_verifier": scram_verifier,
             "postgresql_login_verifiers": login_verifiers,
             "postgresql_without_passwords": without_passwords,
-            "postgresql_subject_alt_names": subject_alt_names,
-            "postgresql_days_left": days_left,
         }

@@ -1,0 +1,212 @@
+#!/usr/bin/python
+"""Ansible module: the TLS files of a server on its host; the private key is made there and never leaves it."""
+
+from __future__ import annotations
+
+import grp
+import os
+import pwd
+import tempfile
+
+from ansible.module_utils.basic import AnsibleModule
+
+DOCUMENTATION = r"""
+module: tls_certificate_files
+short_description: Make a server's TLS key on its host, and install certificates for it
+description:
+  - Keeps server.key, server.crt and ca.crt in a directory. Used by the action tls_certificate.
+  - Without certificate it makes what is missing and returns a signing request. A new key waits in server.key.new until
+    the certificate for it is installed, then key and certificate are renamed into place together.
+options:
+  directory:
+    description: Directory of the files; its parent must be there.
+    type: path
+    required: true
+  owner:
+    description: Owner of the files.
+    type: str
+    required: true
+  group:
+    description: Group of the files.
+    type: str
+    required: true
+  group_reads_key:
+    description: Whether the group may read the key.
+    type: bool
+    default: false
+  common_name:
+    description: Subject of the signing request.
+    type: str
+    default: ""
+  new_key:
+    description: Make a new key though there is one.
+    type: bool
+    default: false
+  certificate:
+    description: Certificate with its chain, in PEM, to install.
+    type: str
+    default: ""
+  authorities:
+    description: Certificates of the authorities that are trusted, in PEM, to install.
+    type: str
+    default: ""
+  key:
+    description: Key in PEM to install, where it was not made here.
+    type: str
+    default: ""
+author: The litellm-gateway authors
+"""
+
+EXAMPLES = r"""
+- tls_certificate_files:
+    directory: /etc/postgresql/17/main/tls
+    owner: postgres
+    group: postgres
+    common_name: db1.example.net
+"""
+
+RETURN = r"""
+request:
+  description: Signing request in PEM; empty when the key is not there yet (check mode).
+  type: str
+  returned: always
+pending:
+  description: Whether the request is for a key that waits for its certificate.
+  type: bool
+  returned: always
+certificate:
+  description: Certificate in PEM that is in the directory; empty when there is none.
+  type: str
+  returned: always
+"""
+
+
+class Files:
+    """The directory, its owner, and what has been changed in it."""
+
+    def __init__(self, module):
+        self.module = module
+        self.directory = module.params["directory"]
+        self.changed = False
+        try:
+            self.owner = pwd.getpwnam(module.params["owner"]).pw_uid, grp.getgrnam(module.params["group"]).gr_gid
+        except KeyError as error:
+            if not module.check_mode:
+                module.fail_json(msg=f"{self.directory} cannot be given to its owner: {error.args[0]}.")
+            module.exit_json(changed=True, request="", pending=False, certificate="")
+        self.key_mode = 0o640 if module.params["group_reads_key"] else 0o600
+
+    def path(self, name):
+        return os.path.join(self.directory, name)
+
+    def read(self, name):
+        try:
+            with open(self.path(name), encoding="ascii", errors="replace") as file:
+                return file.read()
+        except FileNotFoundError:
+            return ""
+
+    def own(self, path, mode):
+        """Give the path to its owner with this mode."""
+        now = os.stat(path)
+        if (now.st_uid, now.st_gid, now.st_mode & 0o7777) != (*self.owner, mode):
+            self.changed = True
+            if not self.module.check_mode:
+                os.chown(path, *self.owner)
+                os.chmod(path, mode)
+
+    def write(self, name, content, mode):
+        """Replace a file at once, when its content differs."""
+        if not content:
+            return
+        if self.read(name) == content:
+            self.own(self.path(name), mode)
+            return
+        self.changed = True
+        if self.module.check_mode:
+            return
+        handle, aside = tempfile.mkstemp(dir=self.directory, prefix=".new-")
+        with os.fdopen(handle, "w") as file:
+            file.write(content)
+            os.fchown(file.fileno(), *self.owner)
+            os.fchmod(file.fileno(), mode)
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(aside, self.path(name))
+
+    def make_key(self, name):
+        """Make a key aside and rename it: a run killed here leaves no half key behind."""
+        self.changed = True
+        aside = self.path(f".{name}")
+        command = ["openssl", "genpkey", "-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256", "-out", aside]
+        self.module.run_command(command, check_rc=True)
+        self.own(aside, self.key_mode)
+        os.rename(aside, self.path(name))
+
+    def public_key(self, arguments, data=None):
+        """Return the public key that an openssl command prints, in PEM."""
+        return self.module.run_command(["openssl", *arguments], data=data, check_rc=True)[1].strip()
+
+
+def main():
+    module = AnsibleModule(
+        argument_spec={
+            "directory": {"type": "path", "required": True},
+            "owner": {"type": "str", "required": True},
+            "group": {"type": "str", "required": True},
+            "group_reads_key": {"type": "bool", "default": False},
+            "common_name": {"type": "str", "default": ""},
+            "new_key": {"type": "bool", "default": False, "no_log": False},
+            "certificate": {"type": "str", "default": ""},
+            "authorities": {"type": "str", "default": ""},
+            "key": {"type": "str", "default": "", "no_log": True},
+        },
+        supports_check_mode=True,
+    )
+    os.umask(0o077)
+    files, params = Files(module), module.params
+    if not os.path.isdir(files.directory):
+        if module.check_mode:
+            module.exit_json(changed=True, request="", pending=False, certificate="")
+        os.mkdir(files.directory, 0o700)
+    files.own(files.directory, 0o750 if params["group_reads_key"] else 0o700)
+
+    if params["certificate"]:
+        install(files, params)
+        module.exit_json(changed=files.changed, request="", pending=False, certificate=params["certificate"])
+
+    present = os.path.exists(files.path("server.key"))
+    pending = os.path.exists(files.path("server.key.new"))
+    if not module.check_mode:
+        if not present:
+            files.make_key("server.key")
+        elif params["new_key"] and not pending:
+            files.make_key("server.key.new")
+            pending = True
+    elif not present:
+        module.exit_json(changed=True, request="", pending=False, certificate="")
+    files.own(files.path("server.key"), files.key_mode)
+    key = files.path("server.key.new" if pending else "server.key")
+    subject = f"/CN={params['common_name'][:64]}"
+    request = module.run_command(["openssl", "req", "-new", "-key", key, "-subj", subject], check_rc=True)[1]
+    module.exit_json(
+        changed=files.changed, request=request, pending=pending, certificate=files.read("server.crt")
+    )
+
+
+def install(files, params):
+    """Put certificate, authorities and key into place; the waiting key is taken when the certificate is for it."""
+    files.write("ca.crt", params["authorities"], 0o644)
+    waiting = files.path("server.key.new")
+    if params["key"]:
+        files.write("server.key", params["key"], files.key_mode)
+    elif os.path.exists(waiting) and not files.module.check_mode:
+        wanted = files.public_key(["x509", "-noout", "-pubkey"], params["certificate"])
+        if files.public_key(["pkey", "-in", waiting, "-pubout"]) == wanted:
+            files.changed = True
+            os.rename(waiting, files.path("server.key"))
+    files.write("server.crt", params["certificate"], 0o644)
+
+
+if __name__ == "__main__":
+    main()
