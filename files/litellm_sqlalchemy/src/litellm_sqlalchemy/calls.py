@@ -363,7 +363,11 @@ class Call:
         """Return the body, of a form its fields without the files; and whether it is only a beginning."""
         if not self._is_multipart():
             return self.request.content(), self.request.truncated
-        fields = {k: v for k, v in self._client_body().items() if isinstance(v, str | int | float | bool)}
+        fields = {
+            name: value
+            for name, value in self._client_body().items()
+            if isinstance(value, str | int | float | bool) and name != "litellm_call_id"
+        }
         return orjson.dumps(fields), False
 
     def _is_multipart(self) -> bool:

@@ -18,7 +18,11 @@ _SECRET = re.compile(
     rb'authorization)"\s*:\s*)"(?:[^"\\]|\\.)*"',
     re.IGNORECASE,
 )
-_SECRET_HINTS = (b'key"', b'id"', b'secret"', b'token"', b'password"', b'credentials"', b'authorization"')
+_SECRET_HINTS = tuple(
+    hint + b'"'
+    for ending in (b"ey", b"ey_id", b"ey-id", b"ecret", b"oken", b"assword", b"redentials", b"uthorization")
+    for hint in (ending, ending.upper())
+)
 
 
 def without_secrets(payload: bytes) -> bytes:

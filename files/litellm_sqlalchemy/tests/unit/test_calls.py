@@ -1,0 +1,330 @@
+"""A call, from what the observer and the hooks tell it to its records."""
+
+import asyncio
+import gzip
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+
+from litellm_sqlalchemy.calls import Body, Call, Recorder, current_call, event_of, number, text
+from litellm_sqlalchemy.frames import Kind
+from litellm_sqlalchemy.observer import CallObserver
+from litellm_sqlalchemy.settings import Settings
+
+
+class FakeProducer:
+    """Keeps what it gets."""
+
+    def __init__(self) -> None:
+        self.records: list[tuple[Kind, dict[str, Any], bytes]] = []
+        self.skipped = 0
+        self.full = False
+
+    def append(self, kind: Kind, metadata: bytes, payload: bytes = b"") -> bool:
+        if not self.full:
+            self.records.append((kind, orjson.loads(metadata), payload))
+        return not self.full
+
+    def skip(self) -> None:
+        self.skipped += 1
+
+    async def synced(self) -> None:
+        pass
+
+
+def make_recorder(tmp_path: Path, **content: Any) -> tuple[Recorder, FakeProducer]:
+    """Return a recorder whose records can be looked at."""
+    settings = Settings.model_validate(
+        {"database": {"host": "x"}, "spool": {"directory": tmp_path, "fsync": "never"}, "content": content}
+    )
+    recorder = Recorder(settings)
+    producer = FakeProducer()
+    recorder.producer = producer  # type: ignore[assignment]
+    return recorder, producer
+
+
+def make_call(recorder: Recorder, request: bytes = b'{"model":"m"}', response: bytes = b'{"id":"1"}') -> Call:
+    """Return a call that has ended well, of which LiteLLM has not told anything yet."""
+    call = Call(recorder, "test:1")
+    call.request.add(request)
+    call.response.add(response)
+    call.status_code = 200
+    return call
+
+
+def end(call: Call) -> None:
+    """End the exchange."""
+    call.ended_at = call.started + 0.25
+    call.conclude()
+
+
+SUCCESS = {"status": "success", "litellm_call_id": "c", "id": "r", "cache_hit": None}
+FAILURE = {"status": "failure", "litellm_call_id": "c", "id": "c", "error_information": {"error_class": "E"}}
+
+
+def test_event_before_the_end(tmp_path: Path) -> None:
+    recorder, producer = make_recorder(tmp_path)
+    call = make_call(recorder)
+    call.accept(None, {"model": "m", "litellm_call_id": "c"}, "acompletion")
+    call.event = event_of(SUCCESS)
+    call.conclude()
+    assert [kind for kind, _, _ in producer.records] == [Kind.REQUEST]
+    end(call)
+    call.conclude()
+    assert [kind for kind, _, _ in producer.records] == [Kind.REQUEST, Kind.RESPONSE]
+    assert producer.records[1][1]["status"] == "success"
+    assert producer.records[1][1]["duration_ms"] == 250.0
+
+
+def test_end_before_the_event(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        call = make_call(recorder)
+        call.accept(None, {}, None)
+        end(call)
+        assert len(producer.records) == 1
+        call.event = event_of(SUCCESS)
+        call.conclude()
+
+    recorder, producer = make_recorder(tmp_path)
+    asyncio.run(scenario())
+    assert [kind for kind, _, _ in producer.records] == [Kind.REQUEST, Kind.RESPONSE]
+
+
+def test_an_event_that_never_comes(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        call = make_call(recorder)
+        call.accept(None, {}, None)
+        end(call)
+        await asyncio.sleep(0.1)
+
+    recorder, producer = make_recorder(tmp_path, event_timeout=0.02)
+    asyncio.run(scenario())
+    assert [record[1].get("status") for record in producer.records] == [None, "success"]
+
+
+def test_no_call(tmp_path: Path) -> None:
+    recorder, producer = make_recorder(tmp_path)
+    end(make_call(recorder))
+    assert producer.records == []
+
+
+def test_no_response_without_its_request(tmp_path: Path) -> None:
+    recorder, producer = make_recorder(tmp_path)
+    producer.full = True
+    call = make_call(recorder)
+    call.accept(None, {}, None)
+    producer.full = False
+    call.event = event_of(SUCCESS)
+    end(call)
+    assert (producer.records, producer.skipped) == ([], 1)
+
+
+@pytest.mark.parametrize("count", [1, 20, 21, 57])
+def test_a_flood_of_rejected_calls(tmp_path: Path, count: int) -> None:
+    """The burst passes one by one; the rest shares rows, and all are counted soon after the last."""
+
+    async def scenario() -> None:
+        for _ in range(count):
+            call = make_call(recorder)
+            call.noticed = call.failed = True
+            end(call)
+        await asyncio.sleep(0.7)
+
+    recorder, producer = make_recorder(tmp_path, rejected_rate=2)
+    asyncio.run(scenario())
+    calls = [metadata["calls"] for kind, metadata, _ in producer.records if kind is Kind.REQUEST]
+    assert sum(calls) == count
+    assert len(calls) == min(count, 21)
+    assert len(producer.records) == 2 * len(calls)
+
+
+@pytest.mark.parametrize("broken", ["describe", "_request_payload", "_response_metadata", "_response_payload"])
+def test_a_defect_costs_no_call(tmp_path: Path, broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("broken by the test")
+
+    recorder, producer = make_recorder(tmp_path)
+    call = make_call(recorder)
+    monkeypatch.setattr(Call, broken, fail)
+    if broken == "describe":
+        with pytest.raises(RuntimeError):
+            call.accept(None, {}, None)  # the hook's guard counts it
+    else:
+        call.accept(None, {}, None)
+    call.event = event_of(SUCCESS)
+    end(call)
+    assert [kind for kind, _, _ in producer.records] == [Kind.REQUEST, Kind.RESPONSE]
+    assert producer.records[1][1]["status"] == "success"
+    assert recorder.failures == (broken != "describe")
+
+
+def test_metadata_of_no_known_type(tmp_path: Path) -> None:
+    recorder, producer = make_recorder(tmp_path)
+    call = make_call(recorder)
+    call.accept(None, {}, None)
+    call.event = event_of({**SUCCESS, "response_cost": object()})
+    end(call)
+    assert producer.records[1][1]["status"] == "success"
+    assert recorder.failures == 1
+
+
+@pytest.mark.parametrize(
+    ("state", "status"),
+    [
+        ({}, "success"),
+        ({"failed": True}, "failure"),
+        ({"status_code": 500}, "failure"),
+        ({"aborted": True}, "failure"),
+        ({"interrupted": True}, "interrupted"),
+        ({"disconnected": True, "failed": True}, "client_disconnected"),
+        ({"event": {"status": "success", "error_code": "499", "columns": {"cache_hit": False}}}, "client_disconnected"),
+    ],
+)
+def test_status(tmp_path: Path, state: dict[str, Any], status: str) -> None:
+    recorder, producer = make_recorder(tmp_path)
+    call = make_call(recorder)
+    call.accept(None, {}, None)
+    call.event = event_of(SUCCESS)
+    for name, value in state.items():
+        setattr(call, name, value)
+    end(call)
+    assert producer.records[1][1]["status"] == status
+
+
+@pytest.mark.parametrize(("mode", "kept"), [("full", b"word"), ("redacted", b"[redacted]"), ("metadata", b"")])
+def test_content_mode(tmp_path: Path, mode: str, kept: bytes) -> None:
+    recorder, producer = make_recorder(tmp_path, mode=mode)
+    body = b'{"content":"word"}'
+    call = make_call(recorder, body, body)
+    call.accept(None, {}, None)
+    call.event = event_of(SUCCESS)
+    end(call)
+    for _, metadata, payload in producer.records:
+        assert kept in payload
+        assert mode == "full" or b"word" not in payload
+        assert metadata["content_mode"] == mode
+        assert metadata["payload_size"] == len(body)
+        assert metadata["payload_digest"] == hashlib.sha256(body).hexdigest()
+
+
+def test_a_compressed_answer_is_readable(tmp_path: Path) -> None:
+    recorder, producer = make_recorder(tmp_path)
+    call = make_call(recorder, response=gzip.compress(b'{"answer":1}'))
+    call.content_encoding = b"gzip"
+    call.accept(None, {}, None)
+    call.event = event_of(SUCCESS)
+    end(call)
+    assert producer.records[1][2] == b'{"answer":1}'
+
+
+def test_sizes_above_the_limit(tmp_path: Path) -> None:
+    recorder, producer = make_recorder(tmp_path, max_payload_size=100)
+    call = make_call(recorder, b"q" * 300, gzip.compress(b"r" * 5000))
+    call.content_encoding = b"gzip"
+    call.accept(None, {}, None)
+    call.event = event_of(SUCCESS)
+    end(call)
+    assert [payload for _, _, payload in producer.records] == [b"q" * 100, b"r" * 100]
+    assert [metadata["payload_truncated"] for _, metadata, _ in producer.records] == [True, True]
+    assert producer.records[0][1]["payload_digest"] == hashlib.sha256(b"q" * 300).hexdigest()
+
+
+@pytest.mark.parametrize("chunks", [[], [b"abc"], [b"ab", b"cd", b"ef"], [b"abcdef"]])
+def test_body(chunks: list[bytes]) -> None:
+    body = Body(3)
+    for chunk in chunks:
+        body.add(chunk)
+    whole = b"".join(chunks)
+    assert (body.content(), body.size, body.truncated) == (whole[:3], len(whole), len(whole) > 3)
+    assert body.digest() == (hashlib.sha256(whole).hexdigest() if whole else None)
+
+
+def test_a_key_is_never_stored(tmp_path: Path) -> None:
+    class Key:
+        api_key = "plain-secret"
+
+    recorder, producer = make_recorder(tmp_path)
+    make_call(recorder).accept(Key(), {}, None)
+    assert producer.records[0][1]["key_hash"] == hashlib.sha256(b"plain-secret").hexdigest()
+
+
+def test_retry_then_success(tmp_path: Path) -> None:
+    recorder, producer = make_recorder(tmp_path)
+    call = make_call(recorder)
+    call.accept(None, {}, None)
+    call.attempts.append({"error_type": "E", "ended_ms": 1.0})
+    call.event = event_of(FAILURE)
+    call.event = event_of(SUCCESS)
+    end(call)
+    metadata = producer.records[1][1]
+    assert (metadata["status"], metadata["attempt_count"], metadata.get("error_type")) == ("success", 2, None)
+
+
+@pytest.mark.parametrize(
+    ("value", "kept"), [(3, 3), (2**40, 2**31 - 1), (-1, None), (float("nan"), None), ("3", None), (None, None)]
+)
+def test_number(value: object, kept: int | None) -> None:
+    assert number(value) == kept
+
+
+@pytest.mark.parametrize(
+    ("value", "kept"),
+    [("", None), (None, None), ("a\0b", "a\ufffdb"), ("\ud800", "?"), ("x" * 600, "x" * 512), (5, "5")],
+)
+def test_text(value: object, kept: str | None) -> None:
+    assert text(value) == kept
+
+
+def exchange(tmp_path: Path, application: Any, incoming: list[dict[str, Any]]) -> tuple[list[Any], FakeProducer]:
+    """Take an exchange through the observer; return what went out, and the records."""
+
+    async def receive() -> dict[str, Any]:
+        if not incoming:
+            await asyncio.get_running_loop().create_future()  # the client waits for the answer
+        return incoming.pop(0)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def scenario() -> None:
+        scope = {"type": "http", "path": "/x", "method": "POST", "headers": [], "client": ("192.0.2.1", 1)}
+        await CallObserver(application, recorder)(scope, receive, send)
+
+    recorder, producer = make_recorder(tmp_path)
+    sent: list[Any] = []
+    asyncio.run(scenario())
+    return sent, producer
+
+
+def answering() -> Any:
+    """Return an application that answers `ok` to the whole body."""
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        call = current_call.get()
+        assert call is not None
+        call.accept(None, {}, None)
+        call.event = event_of(SUCCESS)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    return application
+
+
+def test_observer_changes_nothing(tmp_path: Path) -> None:
+    sent, producer = exchange(tmp_path, answering(), [{"type": "http.request", "body": b"{}"}])
+    assert sent == [
+        {"type": "http.response.start", "status": 200, "headers": []},
+        {"type": "http.response.body", "body": b"ok"},
+    ]
+    assert producer.records[1][1]["status"] == "success"
+
+
+def test_a_client_gone_before_the_answer(tmp_path: Path) -> None:
+    incoming = [{"type": "http.request", "body": b"{}"}, {"type": "http.disconnect"}]
+    _, producer = exchange(tmp_path, answering(), incoming)
+    assert producer.records[1][1]["status"] == "client_disconnected"
+    assert producer.records[1][2] == b"ok"

@@ -1,0 +1,84 @@
+"""What is kept of a payload."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from litellm_sqlalchemy.redaction import _KEPT_KEYS, redact, without_secrets
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text(),
+    lambda children: st.lists(children) | st.dictionaries(st.text(), children),
+    max_leaves=30,
+)
+
+
+def words(value: Any, kept: bool = False) -> set[str]:
+    """Return every string value that is not under a key that stays readable."""
+    if isinstance(value, dict):
+        return set().union(*(words(item, key in _KEPT_KEYS) for key, item in value.items()))
+    if isinstance(value, list):
+        return set().union(*map(words, value))
+    return {value} if isinstance(value, str) and not kept else set()
+
+
+@given(JSON)
+def test_no_word_is_left(content: Any) -> None:
+    assert words(json.loads(redact(json.dumps(content).encode()))) <= {"[redacted]"}
+
+
+@given(st.dictionaries(st.text(), st.dictionaries(st.text(), st.none() | st.booleans() | st.text())))
+def test_the_shape_is_left(content: dict[str, Any]) -> None:
+    found = json.loads(redact(json.dumps(content).encode()))
+    assert {key: set(value) for key, value in found.items()} == {key: set(value) for key, value in content.items()}
+
+
+def test_what_stays_readable() -> None:
+    payload = {"model": "m", "messages": [{"role": "user", "content": "secret"}], "n": 1, "stream": True}
+    assert json.loads(redact(json.dumps(payload).encode())) == {
+        "model": "m", "messages": [{"role": "user", "content": "[redacted]"}], "n": 1, "stream": True,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("payload", [b"", b"no JSON", b"\xff", b'"\\ud800"', b"[" * 5000 + b"]" * 5000])
+def test_what_is_no_json_is_not_kept(payload: bytes) -> None:
+    assert redact(payload) == b""
+
+
+def test_deep_nesting() -> None:
+    payload = b'{"a":' * 900 + b'"word"' + b"}" * 900
+    assert b"word" not in redact(payload)
+
+
+def test_token_lists_are_words() -> None:
+    assert json.loads(redact(b'{"input": [[15339, 1917], [0.5]]}')) == {"input": ["[redacted]", "[redacted]"]}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["api_key", "api-key", "apiKey", "azure_api_key", "aws_secret_access_key", "aws_access_key_id", "private_key",
+     "client_secret", "aws_session_token", "password", "vertex_credentials", "Authorization"],
+)  # fmt: skip
+def test_credentials_are_never_kept(name: str) -> None:
+    payload = json.dumps({"model": "m", "nested": {name: 'a "quoted" \\ value'}, "max_tokens": 5}).encode()
+    assert json.loads(without_secrets(payload)) == {"model": "m", "nested": {name: "[redacted]"}, "max_tokens": 5}
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b'{"messages":[{"role":"user","content":"my \\"api_key\\": \\"x\\" is gone"}]}',
+        b'{"tools":[{"parameters":{"properties":{"password":{"type":"string"}}}}]}',
+        b'{"prompt_cache_key":"k","max_tokens":5,"token":"word"}',
+        b"{no JSON",
+    ],
+)
+def test_other_bytes_stay_as_they_are(payload: bytes) -> None:
+    assert without_secrets(payload) == payload
+
+
+def test_a_credential_in_a_broken_body() -> None:
+    assert without_secrets(b'{"api_key": "sk-1", "mess') == b'{"api_key": "[redacted]", "mess'
