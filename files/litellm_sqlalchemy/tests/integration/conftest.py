@@ -9,6 +9,14 @@ from pathlib import Path
 import pytest
 
 from litellm_sqlalchemy.migrate import migrate
+from support.gateway_fixtures import (  # noqa: F401  fixtures
+    gateway,
+    gateway_database,
+    gateway_deployment,
+    gateway_directory,
+    gateway_writer,
+    upstream,
+)
 from support.postgresql import Database, Server
 from support.processes import Deployment, WriterProcess
 

@@ -1,0 +1,534 @@
+"""Every kind of call, and the rows that it has to leave; docs/calls.md shows them as a table.
+
+A case lists the columns in which its rows differ from those of a plain chat call that succeeds (`REQUEST`, `RESPONSE`).
+A column that neither lists must be NULL. A value may be a rule: a function of the value and the client.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from support.clients import USER_AGENT, Clients, Json
+from support.gateway import INPUT_COST, OUTPUT_COST
+from support.keys import LIMITED_KEY, OPAQUE_KEY, POOR_KEY, USER_KEY
+from support.upstream import AUDIO, COMPLETION_TOKENS, PROMPT_TOKENS, TEXT
+
+Rule = Callable[[Any, Clients], bool]
+
+
+def digest(key: str) -> str:
+    """Return what LiteLLM calls a key."""
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def sent(value: Any, clients: Clients) -> bool:
+    """The payload is what the client sent."""
+    return bool(value == json.loads(clients.sent))
+
+
+def received(value: Any, clients: Clients) -> bool:
+    """The payload is what the client got."""
+    return bool(value == clients.response.json())
+
+
+def answer(value: Any, clients: Clients) -> bool:
+    """The payload is the provider's answer, assembled from a stream."""
+    return isinstance(value, dict) and TEXT in json.dumps(value)
+
+
+def streamed(*words: str) -> Rule:
+    """The payload is the stream itself, with these words and no more."""
+    return lambda value, clients: (
+        isinstance(value, str) and value.startswith(("data:", "event:")) and all(word in value for word in words)
+    )
+
+
+def partly(words: str) -> Rule:
+    """The payload is what LiteLLM assembled of the stream's beginning."""
+    return lambda value, clients: (
+        isinstance(value, dict) and words in json.dumps(value) and TEXT not in json.dumps(value)
+    )
+
+
+def some(value: Any, clients: Clients) -> bool:
+    """There is one, above 0."""
+    return value is not None and value > 0
+
+
+def holds(part: str) -> Rule:
+    """The text has this part."""
+    return lambda value, clients: isinstance(value, str) and part in value
+
+
+def number(value: Any, clients: Clients) -> bool:
+    """There is a duration."""
+    return isinstance(value, float) and 0 < value < 60_000
+
+
+def perhaps(value: Any, clients: Clients) -> bool:
+    """There is a duration, or LiteLLM did not measure one."""
+    return value is None or number(value, clients)
+
+
+def attempts(*errors: tuple[str, str]) -> Rule:
+    """The failed attempts, each with its deployment and error type."""
+    return lambda value, clients: (
+        isinstance(value, list)
+        and [(item["deployment"], item["error_type"]) for item in value] == list(errors)
+        and all(item["duration_ms"] > 0 and item["error_message"] and item["error_code"] for item in value)
+    )
+
+
+#: What the client itself tells about a row: how many bytes, which digest.
+_WIRE: dict[str, Rule] = {
+    "payload_size": lambda value, clients: value == len(clients.sent),
+    "payload_digest": lambda value, clients: bytes(value) == hashlib.sha256(clients.sent).digest(),
+}
+REQUEST: Json = {
+    "origin": "client", "calls": 1, "method": "POST", "endpoint": "/v1/chat/completions", "call_type": "acompletion",
+    "model": "ok", "stream": False, "key_hash": digest(USER_KEY), "key_alias": "alias-1", "user_id": "user-1",
+    "team_id": "team-1", "organization_id": "organization-1", "client_address": "127.0.0.1", "user_agent": USER_AGENT,
+    "content_mode": "full", "redaction_version": 1, "payload_encoding": "json", "payload": sent, **_WIRE,
+}  # fmt: skip
+RESPONSE: Json = {
+    "status": "success", "status_code": 200, "model": "openai/ok", "provider": "openai", "deployment": "deployment-ok",
+    "api_base": holds("/v1"), "provider_response_id": "chatcmpl-1", "finish_reason": "stop", "cache_hit": False,
+    "prompt_tokens": PROMPT_TOKENS, "completion_tokens": COMPLETION_TOKENS,
+    "total_tokens": PROMPT_TOKENS + COMPLETION_TOKENS, "cached_tokens": 3, "reasoning_tokens": 2,
+    "cost": PROMPT_TOKENS * INPUT_COST + COMPLETION_TOKENS * OUTPUT_COST, "duration_ms": number,
+    "time_to_first_token_ms": number, "overhead_ms": perhaps, "attempt_count": 1, "content_mode": "full",
+    "redaction_version": 1, "payload_encoding": "json", "payload": received,
+    "payload_size": lambda value, clients: value == clients.response.num_bytes_downloaded,
+    "payload_digest": lambda value, clients: value is not None,
+}  # fmt: skip
+STREAM_REQUEST: Json = {"stream": True}
+STREAM: Json = {"payload": answer, "payload_digest": None, "overhead_ms": perhaps}
+_NO_TOKENS: Json = {
+    "prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0, "cached_tokens": None, "reasoning_tokens": None,
+    "cost": 0.0,
+}  # fmt: skip
+FAILURE: Json = {
+    **_NO_TOKENS, "status": "failure", "provider_response_id": None, "finish_reason": None,
+    "time_to_first_token_ms": None, "overhead_ms": None, "error_message": holds(""),
+}  # fmt: skip
+#: Rejected before any provider was asked: the deployment is the one that LiteLLM would have had in mind.
+REJECTED: Json = {**FAILURE, "attempt_count": 0, "api_base": None}
+UNKNOWN: Json = {**REJECTED, "model": None, "provider": None, "deployment": None}
+_NOBODY: Json = {"key_alias": None, "user_id": None, "team_id": None, "organization_id": None}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call and its rows."""
+
+    name: str
+    what: str
+    call: Callable[[Clients], object]
+    request: Json = field(default_factory=dict)
+    response: Json = field(default_factory=dict)
+
+    def expected(self) -> tuple[Json, Json]:
+        """Return the columns of both rows."""
+        return {**REQUEST, **self.request}, {**RESPONSE, **self.response}
+
+
+def _failed(status: int, error: str, model: str, served: str = "", **more: Any) -> Json:
+    return {
+        **FAILURE, "status_code": status, "error_type": error, "error_code": str(status),
+        "model": f"openai/{served or model}", "deployment": f"deployment-{model}",
+        "attempts": attempts((f"deployment-{model}", error)), **more,
+    }  # fmt: skip
+
+
+def _rejected(status: int, error: str, **more: Any) -> Json:
+    return {**REJECTED, "status_code": status, "error_type": error, "error_code": str(status), **more}
+
+
+def _messages(clients: Clients, model: str, **more: Any) -> Any:
+    create: Callable[..., Any] = clients.anthropic().messages.create
+    return create(model=model, max_tokens=20, messages=[{"role": "user", "content": clients.call_id}], **more)
+
+
+def _twice(clients: Clients, **more: Any) -> None:
+    """Make the same call twice, with LiteLLM's cache."""
+    more["extra_body"] = {"cache": {"use-cache": True}}
+    clients.before().chat(prompt=clients.call_id, **more)
+    clients.chat(**more)
+
+
+def _limited(clients: Clients) -> None:
+    clients.before().chat(key=LIMITED_KEY)
+    clients.chat(key=LIMITED_KEY)
+
+
+_EMBEDDING = {**_NO_TOKENS, "prompt_tokens": PROMPT_TOKENS, "total_tokens": PROMPT_TOKENS,
+              "cost": PROMPT_TOKENS * INPUT_COST, "provider_response_id": None, "finish_reason": None}  # fmt: skip
+_RESPONSES = {"api_base": holds("/v1/responses"), "provider_response_id": holds("resp_"), "cost": 0.0,
+              "finish_reason": "completed"}  # fmt: skip
+_CLAUDE = {"model": "anthropic/ok", "provider": "anthropic", "deployment": "deployment-claude",
+           "api_base": holds("/v1/messages"), "provider_response_id": "msg_1", "cached_tokens": 0,
+           "reasoning_tokens": 0}  # fmt: skip
+_PASSED = {**_NO_TOKENS, "model": "unknown", "provider": None, "deployment": None, "api_base": holds("/pass"),
+           "provider_response_id": None, "finish_reason": None}  # fmt: skip
+_PASS_REQUEST = {"endpoint": "/pass", "call_type": "pass_through_endpoint", "model": None}
+_MESSAGES_REQUEST = {"endpoint": "/v1/messages", "call_type": "anthropic_messages"}
+_RESPONSES_REQUEST = {"endpoint": "/v1/responses", "call_type": "aresponses"}
+_GONE = {"status": "client_disconnected", "payload_size": some}
+#: LiteLLM counts what it has sent so far.
+_GONE_IN_STREAM = {**STREAM, **_GONE, "error_type": "ClientDisconnected", "error_code": "499",
+                   "error_message": holds("disconnected"), "prompt_tokens": some, "completion_tokens": some,
+                   "total_tokens": some, "cached_tokens": 0, "reasoning_tokens": 0, "cost": some,
+                   "payload": partly("The answer")}  # fmt: skip
+_BROKEN_OFF = {"error_code": "500", "attempts": None, "prompt_tokens": some, "completion_tokens": some,
+               "total_tokens": some, "cached_tokens": 0, "reasoning_tokens": 0, "cost": some, "payload_digest": None,
+               "payload_encoding": "text", "payload": streamed("The ", "is "), "payload_size": some}  # fmt: skip
+
+
+def _to(endpoint: str, call_type: str, model: str) -> Json:
+    return {"endpoint": endpoint, "call_type": call_type, "model": model}
+
+
+CASES = (
+    # Every kind of call
+    Case("chat", "chat", lambda c: c.chat()),
+    Case("chat-stream", "chat, streamed", lambda c: c.chat(stream=True), STREAM_REQUEST, STREAM),
+    Case(
+        "chat-stream-usage", "chat, streamed with usage",
+        lambda c: c.chat(stream=True, stream_options={"include_usage": True}), STREAM_REQUEST, STREAM,
+    ),
+    Case(
+        "chat-attributes", "chat with user, tags, trace and session",
+        lambda c: c.chat(
+            user="end-user-1", headers={"x-litellm-tags": "a,b", "x-litellm-session-id": "session-1"},
+            metadata={"trace_id": "trace-1"},
+        ),
+        {"end_user": "end-user-1", "tags": ["a", "b"], "trace_id": holds("-1"), "session_id": "session-1"},
+    ),
+    Case(
+        "completion", "text completion", lambda c: c.openai().completions.create(model="ok", prompt=c.call_id),
+        _to("/v1/completions", "atext_completion", "ok"),
+        {"provider": "text-completion-openai", "provider_response_id": "cmpl-1"},
+    ),
+    Case(
+        "completion-stream", "text completion, streamed",
+        lambda c: c.read(c.openai().completions.create(model="ok", prompt=c.call_id, stream=True)),
+        {**_to("/v1/completions", "atext_completion", "ok"), **STREAM_REQUEST},
+        {**STREAM, "provider": "text-completion-openai", "provider_response_id": "cmpl-1"},
+    ),
+    Case(
+        "embeddings", "embeddings",
+        lambda c: c.openai().embeddings.create(model="embedding", input=c.call_id, encoding_format="float"),
+        _to("/v1/embeddings", "aembedding", "embedding"), {**_EMBEDDING, "deployment": "deployment-embedding"},
+    ),
+    Case(
+        "image", "image", lambda c: c.openai().images.generate(model="image", prompt=c.call_id),
+        _to("/v1/images/generations", "image_generation", "image"),
+        {**_NO_TOKENS, "cached_tokens": 0, "deployment": "deployment-image", "provider_response_id": None,
+         "finish_reason": None},
+    ),
+    Case(
+        "moderation", "moderation", lambda c: c.openai().moderations.create(model="moderation", input=c.call_id),
+        _to("/v1/moderations", "moderation", "moderation"),
+        {**_NO_TOKENS, "deployment": "deployment-moderation", "provider_response_id": "modr-1", "finish_reason": None},
+    ),
+    Case(
+        "speech", "speech",
+        lambda c: c.openai().audio.speech.create(model="speech", input=c.call_id, voice="alloy").read(),
+        _to("/v1/audio/speech", "aspeech", "speech"),
+        {**_NO_TOKENS, "cost": some, "deployment": "deployment-speech",
+         "provider_response_id": None, "finish_reason": None, "payload_encoding": "base64",
+         "payload": lambda value, clients: value.startswith("SUQzAP/+") and len(value) > len(AUDIO)},
+    ),
+    Case(
+        "transcription", "transcription (the form's fields are kept, the file is not)",
+        lambda c: c.openai().audio.transcriptions.create(
+            model="transcription", language="en", file=("speech.wav", AUDIO)
+        ),
+        {**_to("/v1/audio/transcriptions", "transcription", "transcription"),
+         "payload": lambda value, clients: value == {"model": "transcription", "language": "en"}},
+        {**_NO_TOKENS, "deployment": "deployment-transcription", "provider_response_id": None, "finish_reason": None},
+    ),
+    Case(
+        "rerank", "rerank", lambda c: c.post("/v1/rerank", {"model": "rerank", "query": "q", "documents": ["a", "b"]}),
+        _to("/v1/rerank", "rerank", "rerank"),
+        {**_NO_TOKENS, "cost": PROMPT_TOKENS * INPUT_COST, "model": "jina_ai/ok", "provider": "jina_ai",
+         "deployment": "deployment-rerank", "provider_response_id": "rerank-1", "finish_reason": None},
+    ),
+    Case(
+        "responses", "responses (OpenAI)", lambda c: c.openai().responses.create(model="ok", input=c.call_id),
+        _RESPONSES_REQUEST, _RESPONSES,
+    ),
+    Case(
+        "responses-stream", "responses, streamed",
+        lambda c: c.read(c.openai().responses.create(model="ok", input=c.call_id, stream=True)),
+        {**_RESPONSES_REQUEST, **STREAM_REQUEST}, {**_RESPONSES, **STREAM},
+    ),
+    Case(
+        "messages", "messages (Anthropic)", lambda c: _messages(c, "claude"), {**_MESSAGES_REQUEST, "model": "claude"},
+        _CLAUDE,
+    ),
+    Case(
+        "messages-stream", "messages, streamed", lambda c: c.read(_messages(c, "claude", stream=True)),
+        {**_MESSAGES_REQUEST, "model": "claude", **STREAM_REQUEST}, {**_CLAUDE, **STREAM},
+    ),
+    Case(
+        "messages-bridged", "messages to an OpenAI model", lambda c: _messages(c, "ok"), _MESSAGES_REQUEST,
+        {**_RESPONSES, "finish_reason": "stop"},
+    ),
+    Case(
+        "messages-bridged-stream", "messages to an OpenAI model, streamed",
+        lambda c: c.read(_messages(c, "ok", stream=True)), {**_MESSAGES_REQUEST, **STREAM_REQUEST},
+        {**_RESPONSES, **STREAM, "provider_response_id": holds("msg_"), "finish_reason": "stop"},
+    ),
+    Case("pass-through", "pass-through", lambda c: c.post("/pass", {"note": c.call_id}), _PASS_REQUEST, _PASSED),
+    Case(
+        "pass-through-stream", "pass-through, streamed (the stream itself is kept)",
+        lambda c: c.post("/pass", {"note": c.call_id, "stream": True}), {**_PASS_REQUEST, **STREAM_REQUEST},
+        {**_PASSED, **STREAM, "payload_encoding": "text", "payload": streamed("The ", "42.", "[DONE]")},
+    ),
+    Case(
+        "cache-hit", "cache hit", _twice, {},
+        {"cache_hit": True, "cost": 0.0, "attempt_count": 0},
+    ),
+    Case(
+        "cache-hit-stream", "cache hit, streamed", lambda c: _twice(c, stream=True), STREAM_REQUEST,
+        {**STREAM, "cache_hit": True, "cost": 0.0, "attempt_count": 0, "cached_tokens": None,
+         "reasoning_tokens": 0},
+    ),
+    # What a client cannot decide
+    Case("no-log", "the client asks for no log", lambda c: c.chat(extra_body={"no-log": True})),
+    Case(
+        "redaction-header", "the client asks for redaction",
+        lambda c: c.chat(headers={"x-litellm-enable-message-redaction": "true"}),
+    ),
+    Case(
+        "redaction-header-stream", "the client asks for redaction, streamed (the stream itself is kept)",
+        lambda c: c.chat(stream=True, headers={"x-litellm-enable-message-redaction": "true"}), STREAM_REQUEST,
+        {**STREAM, "payload_encoding": "text", "payload": streamed("The ", "42.")},
+    ),
+    Case(
+        "own-credential", "the client brings a provider's key (it is not kept)",
+        lambda c: c.chat(extra_body={"api_key": "sk-brought-along"}),
+        {"payload": lambda value, clients: value == {**json.loads(clients.sent), "api_key": "[redacted]"}},
+        {"deployment": holds("")},
+    ),
+    Case(
+        "opaque-key", "a key that LiteLLM does not hash", lambda c: c.chat(key=OPAQUE_KEY),
+        {**_NOBODY, "key_alias": "opaque", "key_hash": digest(OPAQUE_KEY)},
+    ),
+    Case("event-twice", "LiteLLM tells the outcome twice", lambda c: c.chat(prompt="TWICE")),
+    # Rejected before a provider is asked
+    Case(
+        "bad-key", "unknown key", lambda c: c.chat(key="sk-wrong"), {**_NOBODY, "key_hash": digest("sk-wrong")},
+        _rejected(401, "ProxyException"),
+    ),
+    Case(
+        "bad-opaque-key", "unknown key of another shape", lambda c: c.chat(key="not-a-key"),
+        {**_NOBODY, "key_hash": digest("not-a-key")}, _rejected(401, "ProxyException"),
+    ),
+    Case(
+        "no-key", "no key", lambda c: c.post("/v1/chat/completions", {"model": "ok"}, None),
+        {**_NOBODY, "key_hash": None}, _rejected(401, "ProxyException"),
+    ),
+    Case(
+        "bad-key-model-list", "unknown key at an endpoint that is no call", lambda c: c.http.get(
+            "/v1/models", headers={**c._headers({}), "authorization": "Bearer sk-wrong"}),
+        {**_NOBODY, "key_hash": digest("sk-wrong"), "method": "GET", "endpoint": "/v1/models", "model": None,
+         "call_type": "/v1/models", "payload": None, "payload_encoding": None, "payload_digest": None},
+        {**_rejected(401, "ProxyException"), "model": None, "provider": None, "deployment": None},
+    ),
+    Case(
+        "unknown-model", "unknown model", lambda c: c.chat("nonsense"), {"model": "nonsense"},
+        {**UNKNOWN, "model": "nonsense", "status_code": 400, "error_type": "ProxyModelNotFoundError",
+         "error_code": "400"},
+    ),
+    Case(
+        "bad-json", "body that is no JSON", lambda c: c.post("/v1/chat/completions", b"{no JSON"),
+        {"model": None, "payload_encoding": "text",
+         "payload": lambda value, clients: value == "{no JSON"},
+        {**UNKNOWN, "status_code": 400, "error_type": "ProxyException", "error_code": "400"},
+    ),
+    Case(
+        "rate-limited", "key over its rate limit", _limited,
+        {**_NOBODY, "key_hash": digest(LIMITED_KEY), "key_alias": "limited"}, _rejected(429, "ProxyRateLimitError"),
+    ),
+    Case(
+        "over-budget", "key over its budget", lambda c: c.chat(key=POOR_KEY),
+        {**_NOBODY, "key_hash": digest(POOR_KEY)}, _rejected(422, "BudgetExceededError"),
+    ),
+    Case(
+        "guardrail", "blocked by a guardrail",
+        lambda c: c.chat(prompt="FORBIDDEN", extra_body={"guardrails": ["words"]}), {},
+        _rejected(400, "HTTPException", guardrails=lambda value, clients: value[0]["guardrail_name"] == "words"),
+    ),
+    Case(
+        "guardrail-passed", "let through by a guardrail", lambda c: c.chat(extra_body={"guardrails": ["words"]}), {},
+        {"guardrails": lambda value, clients: value[0]["guardrail_name"] == "words"},
+    ),
+    Case(
+        "rejected-by-hook", "rejected by another pre-call hook", lambda c: c.chat(prompt="UNWANTED"), {},
+        _rejected(403, "HTTPException"),
+    ),
+    # The provider fails
+    *(
+        Case(
+            f"provider-{status}", f"provider answers {status}",
+            lambda c, status=status: c.chat(f"error-{status}"),  # type: ignore[misc]
+            {"model": f"error-{status}"}, _failed(status, error, f"error-{status}"),
+        )
+        for status, error in (
+            (500, "InternalServerError"), (429, "RateLimitError"), (400, "BadRequestError"),
+            (401, "AuthenticationError"),
+        )
+    ),
+    Case(
+        "provider-500-stream", "provider answers 500 to a streamed call", lambda c: c.chat("error-500", stream=True),
+        {"model": "error-500", **STREAM_REQUEST}, _failed(500, "InternalServerError", "error-500"),
+    ),
+    Case(
+        "messages-500", "provider answers 500 to messages", lambda c: _messages(c, "claude-failing"),
+        {**_MESSAGES_REQUEST, "model": "claude-failing"},
+        {**_failed(500, "InternalServerError", "claude-failing"), "model": "anthropic/error-500",
+         "provider": "anthropic"},
+    ),
+    Case(
+        "pass-through-503", "pass-through target answers 503", lambda c: c.post("/pass", {"model": "error-503"}),
+        {**_PASS_REQUEST, "model": "error-503"},
+        {**UNKNOWN, "prompt_tokens": None, "completion_tokens": None, "total_tokens": None, "cost": None,
+         "cache_hit": None, "status_code": 503, "error_type": "HTTPException", "error_code": "503"},
+    ),
+    Case(
+        "timeout", "provider does not answer in time", lambda c: c.chat("slow"), {"model": "slow"},
+        _failed(408, "Timeout", "slow", "held"),
+    ),
+    Case(
+        "refused", "provider refuses the connection", lambda c: c.chat("refused"), {"model": "refused"},
+        _failed(500, "InternalServerError", "refused"),
+    ),
+    Case(
+        "stream-dies", "stream breaks off (what was streamed is kept)", lambda c: c.chat("dying", stream=True),
+        {"model": "dying", **STREAM_REQUEST},
+        {**_failed(200, "APIConnectionError", "dying"), **_BROKEN_OFF},
+    ),
+    Case(
+        "stream-malformed", "stream with a malformed event (what was streamed is kept)",
+        lambda c: c.chat("malformed", stream=True), {"model": "malformed", **STREAM_REQUEST},
+        {**_failed(200, "APIConnectionError", "malformed"), **_BROKEN_OFF},
+    ),
+    Case(
+        "pass-through-dies", "pass-through stream breaks off",
+        lambda c: c.post("/pass", {"model": "dying", "stream": True}),
+        {**_PASS_REQUEST, "model": "dying", **STREAM_REQUEST},
+        {**_PASSED, **FAILURE, **STREAM, "status_code": 200, "model": "dying", "error_type": "ReadError",
+         "payload_encoding": "text", "payload": streamed("The ", "is "), "payload_size": some},
+    ),
+    # Retries and fallbacks
+    Case(
+        "retry", "second attempt succeeds", lambda c: c.chat("flaky"), {"model": "flaky"},
+        {"model": "openai/flaky", "deployment": "deployment-flaky", "attempt_count": 2,
+         "attempts": attempts(("deployment-flaky", "InternalServerError"))},
+    ),
+    Case(
+        "retry-stream", "second attempt succeeds, streamed", lambda c: c.chat("flaky", stream=True),
+        {"model": "flaky", **STREAM_REQUEST},
+        {**STREAM, "model": "openai/flaky", "deployment": "deployment-flaky", "attempt_count": 2,
+         "attempts": attempts(("deployment-flaky", "InternalServerError"))},
+    ),
+    Case(
+        "retries-fail", "all three attempts fail", lambda c: c.chat("hopeless"), {"model": "hopeless"},
+        _failed(500, "InternalServerError", "hopeless", "error-500", attempt_count=3,
+                attempts=attempts(*[("deployment-hopeless", "InternalServerError")] * 3)),
+    ),
+    Case(
+        "fallback", "fallback succeeds", lambda c: c.chat("backed-up"), {"model": "backed-up"},
+        {"attempt_count": 2, "attempts": attempts(("deployment-backed-up", "InternalServerError"))},
+    ),
+    Case(
+        "fallback-stream", "fallback succeeds, streamed", lambda c: c.chat("backed-up", stream=True),
+        {"model": "backed-up", **STREAM_REQUEST},
+        {**STREAM, "attempt_count": 2, "attempts": attempts(("deployment-backed-up", "InternalServerError"))},
+    ),
+    Case(
+        "fallback-fails", "fallback fails too", lambda c: c.chat("backed-up-badly"), {"model": "backed-up-badly"},
+        _failed(500, "InternalServerError", "backed-up-badly", "error-500", attempt_count=2,
+                attempts=attempts(("deployment-backed-up-badly", "InternalServerError"),
+                                  ("deployment-error-500", "InternalServerError"))),
+    ),
+    # The client hangs up
+    Case(
+        "disconnect", "client hangs up before the answer",
+        lambda c: c.hang_up("/v1/chat/completions", {"model": "held", "messages": [{"role": "user", "content": "x"}]}),
+        {"model": "held"},
+        {**_GONE, "model": "openai/held", "deployment": "deployment-held",
+         "payload": lambda value, clients: value["choices"][0]["message"]["content"] == TEXT},
+    ),
+    Case(
+        "disconnect-stream", "client hangs up in mid-stream",
+        lambda c: c.hang_up(
+            "/v1/chat/completions",
+            {"model": "held", "stream": True, "messages": [{"role": "user", "content": "x"}]}, after=b"answer",
+        ),
+        {"model": "held", **STREAM_REQUEST},
+        {**_GONE_IN_STREAM, "model": "openai/held", "deployment": "deployment-held"},
+    ),
+    Case(
+        "disconnect-responses", "client hangs up in mid-stream of responses (LiteLLM reads on)",
+        lambda c: c.hang_up("/v1/responses", {"model": "held", "stream": True, "input": "x"}, after=b"added"),
+        {**_RESPONSES_REQUEST, "model": "held", **STREAM_REQUEST},
+        {**_RESPONSES, **STREAM, **_GONE, "model": "openai/held", "deployment": "deployment-held",
+         "cost": lambda value, clients: value >= 0},
+    ),
+    Case(
+        "disconnect-messages", "client hangs up in mid-stream of messages",
+        lambda c: c.hang_up(
+            "/v1/messages",
+            {"model": "claude-held", "stream": True, "max_tokens": 9, "messages": [{"role": "user", "content": "x"}]},
+            after=b"The ",
+        ),
+        {**_MESSAGES_REQUEST, "model": "claude-held", **STREAM_REQUEST},
+        {**_CLAUDE, **_GONE_IN_STREAM, "model": "anthropic/held", "deployment": "deployment-claude-held",
+         "payload": partly("The ")},
+    ),
+    Case(
+        "disconnect-pass-through", "client hangs up in mid-stream of a pass-through",
+        lambda c: c.hang_up("/pass", {"model": "held", "stream": True}, after=b"answer"),
+        {**_PASS_REQUEST, "model": "held", **STREAM_REQUEST},
+        {**_PASSED, **STREAM, **_GONE, "model": "held", "payload_encoding": "text",
+         "payload": streamed("The ", "is ")},
+    ),
+)  # fmt: skip
+
+
+def differences(expected: Json, row: Mapping[str, Any], clients: Clients) -> list[str]:
+    """Return what is wrong with a row, a line for each column; columns that are not expected must be NULL."""
+    result = []
+    for column, value in row.items():
+        wanted = expected.get(column)
+        if callable(wanted):
+            good = wanted(value, clients)
+        elif isinstance(wanted, float) and value is not None:
+            good = abs(value - wanted) < 1e-12
+        else:
+            good = value == wanted
+        if not good:
+            what = (wanted.__doc__ or wanted.__qualname__) if callable(wanted) else repr(wanted)
+            result.append(f"{column} is {value!r:.500}, expected: {what}")
+    return result
+
+
+def table() -> str:
+    """Return the cases as a Markdown table."""
+    lines = [
+        "| call | HTTP | status | error | attempts | request payload | response payload |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for case in CASES:
+        request, response = case.expected()
+        lines.append(
+            f"| {case.what} | {response['status_code']} | {response['status']} | {response.get('error_type') or ''} "
+            f"| {response['attempt_count']} | {request['payload_encoding'] or ''} "
+            f"| {response['payload_encoding'] or ''} |"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,169 @@
+"""A real LiteLLM proxy, with or without the request log, in front of the fake provider."""
+
+import json
+import signal
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from support.keys import MASTER_KEY, PROVIDER_KEY
+from support.postgresql import free_port
+from support.processes import Deployment
+from support.waiting import wait_until
+
+INPUT_COST, OUTPUT_COST = 1e-6, 2e-6
+
+
+def _model(name: str, upstream: str, provider: str = "openai", served: str = "", **parameters: Any) -> dict[str, Any]:
+    base = upstream if provider == "anthropic" else f"{upstream}/v1"
+    if provider == "jina_ai":
+        base = f"{upstream}/v1/rerank"
+    return {
+        "model_name": name,
+        "litellm_params": {
+            "model": f"{provider}/{served or name}",
+            "api_base": base,
+            "api_key": PROVIDER_KEY,
+            "input_cost_per_token": INPUT_COST,
+            "output_cost_per_token": OUTPUT_COST,
+            "max_retries": 0,
+            **parameters,
+        },
+        "model_info": {"id": f"deployment-{name}"},
+    }
+
+
+def configuration(upstream: str, *, with_log: bool) -> dict[str, Any]:
+    """Return LiteLLM's configuration: a model for each behaviour of the provider."""
+    mode = {"transcription": "audio_transcription", "speech": "audio_speech", "image": "image_generation"}
+    plain = ("ok", "embedding", "image", "moderation", "speech", "transcription", "held", "dying", "malformed")
+    models = [
+        _model(name, upstream, served="ok" if name in (*mode, "embedding", "moderation") else "") for name in plain
+    ]
+    models += [_model(f"error-{status}", upstream) for status in (400, 401, 429, 500)]
+    models += [
+        _model("slow", upstream, served="held", timeout=1),
+        _model("refused", "http://127.0.0.1:9"),
+        _model("flaky", upstream),
+        _model("hopeless", upstream, served="error-500"),
+        _model("backed-up", upstream, served="error-500"),
+        _model("backed-up-badly", upstream, served="error-500"),
+        _model("rerank", upstream, "jina_ai", served="ok"),
+        _model("claude", upstream, "anthropic", served="ok"),
+        _model("claude-held", upstream, "anthropic", served="held"),
+        _model("claude-failing", upstream, "anthropic", served="error-500"),
+    ]
+    log = ["litellm_sqlalchemy.callback.logger", "support.gateway_faults.twice"] if with_log else []
+    return {
+        "model_list": models,
+        "guardrails": [
+            {
+                "guardrail_name": "words",
+                "litellm_params": {"guardrail": "support.gateway_hooks.Guardrail", "mode": "pre_call"},
+            }
+        ],
+        "litellm_settings": {
+            "callbacks": [*log, "support.gateway_hooks.rejecting"],
+            "global_disable_no_log_param": True,
+            "num_retries": 0,
+            "request_timeout": 60,
+            "cache": True,
+            "cache_params": {"type": "local", "mode": "default_off"},
+        },
+        "router_settings": {
+            "num_retries": 0,
+            "disable_cooldowns": True,
+            "retry_after": 0,
+            "model_group_retry_policy": {
+                "flaky": {"InternalServerErrorRetries": 2},
+                "hopeless": {"InternalServerErrorRetries": 2},
+            },
+            "fallbacks": [{"backed-up": ["ok"]}, {"backed-up-badly": ["error-500"]}],
+        },
+        "general_settings": {
+            "master_key": "os.environ/LITELLM_MASTER_KEY",
+            "custom_auth": "support.gateway_hooks.authenticate",
+            "pass_through_endpoints": [
+                {"path": "/pass", "target": f"{upstream}/pass", "headers": {"authorization": f"Bearer {PROVIDER_KEY}"}}
+            ],
+        },
+    }
+
+
+class Gateway:
+    """One LiteLLM process on a port of its own, in `directory`."""
+
+    def __init__(self, directory: Path, upstream: str, deployment: Deployment, *, with_log: bool = True) -> None:
+        """Write its configuration."""
+        self.directory = directory
+        self.deployment = deployment
+        self.with_log = with_log
+        self.port = free_port()
+        self.log = directory / "gateway.log"
+        self.process: subprocess.Popen[bytes] | None = None
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "config.yaml").write_text(yaml.safe_dump(configuration(upstream, with_log=with_log)))
+
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def launch(self) -> "Gateway":
+        """Start the process and return at once."""
+        environment = {
+            **self.deployment.environment,
+            "PYTHONPATH": f"{self.deployment.environment['PYTHONPATH']}:{Path(__file__).parents[1]}",
+            "LITELLM_MASTER_KEY": MASTER_KEY,
+            "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+            "LITELLM_TELEMETRY_DISABLED": "true",
+            "NO_PROXY": "127.0.0.1",
+        }
+        command = [str(Path(sys.executable).with_name("litellm")), "--config", "config.yaml"]
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [*command, "--host", "127.0.0.1", "--port", str(self.port)],
+                cwd=self.directory,
+                env=environment,
+                stdout=log,
+                stderr=log,
+            )
+        return self
+
+    def wait(self) -> "Gateway":
+        """Return when it serves."""
+        wait_until(lambda: self._answers() or self._ended(), "the gateway serves", timeout=110, interval=0.2)
+        assert not self._ended(), self.log.read_text()[-8000:]
+        return self
+
+    def state(self, name: str = "state") -> dict[str, Any]:
+        """Return what `gateway_hooks` tells about the process."""
+        with urllib.request.urlopen(f"{self.url}/test/{name}", timeout=10) as answer:
+            content: dict[str, Any] = json.loads(answer.read())
+            return content
+
+    def stop(self) -> None:
+        """Send SIGTERM and wait."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait(40)
+
+    def kill(self) -> None:
+        """Send SIGKILL, if it runs."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait(10)
+
+    def _ended(self) -> bool:
+        return self.process is not None and self.process.poll() is not None
+
+    def _answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}/health/liveliness", timeout=2) as answer:
+                return bool(answer.status == 200)
+        except OSError:
+            return False

@@ -1,0 +1,83 @@
+"""What the tests load into a gateway with the request log: faults inside the package, and a look at its state."""
+
+import asyncio
+import functools
+import inspect
+from typing import Any
+
+import litellm
+from litellm.integrations.custom_logger import CustomLogger
+from litellm.proxy import proxy_server
+
+from litellm_sqlalchemy import callback, calls, observer
+
+
+class _TwiceHook(CustomLogger):
+    """Hands each success to the request log a second time, as LiteLLM has been seen to do."""
+
+    async def async_log_success_event(self, kwargs: Any, response_obj: Any, start_time: Any, end_time: Any) -> None:
+        """Call the logger again."""
+        if "TWICE" in str(kwargs.get("messages")):
+            await callback.logger.async_log_success_event(kwargs, response_obj, start_time, end_time)
+
+
+twice = _TwiceHook()
+
+
+def _breakable(owner: Any, name: str) -> None:
+    """Make a function of the package raise in calls whose user agent says `break NAME`."""
+    original = getattr(owner, name)
+
+    def check() -> None:
+        call = calls.current_call.get()
+        if call is not None and call.user_agent == f"break {name}":
+            raise RuntimeError(f"{name} is broken by the test")
+
+    @functools.wraps(original)
+    def broken(*arguments: Any, **keywords: Any) -> Any:
+        check()
+        return original(*arguments, **keywords)
+
+    setattr(owner, name, broken)
+
+
+for _owner, _name in (
+    (calls.Call, "accept"),
+    (calls.Call, "describe"),
+    (calls.Call, "write_request"),
+    (calls.Call, "conclude"),
+    (calls.Call, "_response_metadata"),
+    (calls.Call, "_response_payload"),
+    (callback, "event_of"),
+    (callback, "_error_of"),
+    (callback, "_attempt_of"),
+    (observer, "_note_start"),
+):
+    _breakable(_owner, _name)
+
+
+@proxy_server.app.get("/test/state")
+async def state() -> dict[str, Any]:
+    """Return the counters of the request log in this process."""
+    recorder = callback.logger.recorder
+    return {
+        "failures": recorder.failures,
+        "received": recorder.producer.received,
+        "dropped": recorder.producer.dropped,
+        "tasks": len(asyncio.all_tasks()),
+    }
+
+
+@proxy_server.app.get("/test/assumptions")
+async def assumptions() -> dict[str, Any]:
+    """Return what the package relies on, as it is in this process."""
+    hooks = {
+        name: list(inspect.signature(getattr(CustomLogger, name)).parameters)
+        for name, member in vars(callback.RequestLogger).items()
+        if name.startswith("async_")
+    }
+    return {
+        "hooks": hooks,
+        "stack": type(proxy_server.app.middleware_stack).__name__,
+        "callbacks": [type(item).__name__ for item in litellm.callbacks if not isinstance(item, str)],
+    }
