@@ -32,12 +32,15 @@ _STATE_RESERVE = 64 * 1024
 
 @dataclass
 class Cursor:
-    """How far a producer's frames are delivered; `sequence` is -1 while nothing is known of the frames before."""
+    """How far a producer's frames are delivered.
+
+    `sequence` is -1 while nothing is known of the frames before; `damaged` counts damages since the last whole frame.
+    """
 
     segment: int = 1
     offset: int = 0
     sequence: int = 0
-    damaged: bool = False
+    damaged: int = 0
     open: list[str] = field(default_factory=list)
 
 
@@ -112,7 +115,7 @@ class Consumer:
         cursor, totals = batch.cursor, self.totals
         dead = {letter.frame.sequence for letter in delivery.dead}
         is_open = dict.fromkeys(cursor.open)
-        cursor.damaged |= bool(batch.damages)
+        cursor.damaged += len(batch.damages)
         if cursor.sequence < 0 and batch.frames:
             cursor.sequence = batch.frames[0].sequence - 1
         for frame in batch.frames:
@@ -125,7 +128,7 @@ class Consumer:
             else:
                 totals.dropped += gap
             if gap:
-                cursor.damaged = False
+                cursor.damaged = 0
             if frame.sequence in dead:
                 totals.dead += 1
                 continue
@@ -147,11 +150,11 @@ class Consumer:
         counters = read_counters(self.directory / "producers" / batch.producer)
         lost = max(counters.get("received", 0) - max(cursor.sequence, 0), 0)
         if cursor.damaged:
-            self.totals.damaged += max(lost, 1)  # a torn frame; its producer may not have counted it any more
+            self.totals.damaged += max(lost, cursor.damaged)  # a killed producer may not have counted its last frames
         else:
             self.totals.dropped += lost
         cursor.sequence += lost
-        cursor.damaged = False
+        cursor.damaged = 0
 
     def retire(self, batch: Batch, delivery: Delivery) -> None:
         """Remember, durably, that an accounted batch is delivered; then remove what is no longer needed."""
@@ -164,13 +167,15 @@ class Consumer:
         self._save()
         folder = self.directory / "producers" / batch.producer
         if batch.finished:
-            batch.cursor.open = []
-            shutil.rmtree(folder)
-            del self._cursors[batch.producer]  # not before: what is left of the folder must not be delivered again
+            self._remove(folder)
             return
         for file in folder.glob("*.seg"):
             if int(file.stem) < batch.cursor.segment:
                 file.unlink()
+
+    def _remove(self, folder: Path) -> None:
+        shutil.rmtree(folder)
+        del self._cursors[folder.name]  # not before: what is left of the folder must not be delivered again
 
     def _read(self, producer: str, limit: int) -> Batch:
         folder = self.directory / "producers" / producer

@@ -84,6 +84,7 @@ class Writer:
             if made_up is None:
                 return False
             self._consumer.totals.interrupted += made_up.inserted + made_up.duplicates  # again after a crash
+            batch.cursor.open = []
         if not self._retire(batch, delivery):
             return False
         self._monitor.delivered(len(batch.frames), delivery, time.perf_counter() - started)

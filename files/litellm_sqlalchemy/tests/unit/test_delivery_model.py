@@ -1,0 +1,225 @@
+"""Producers and a writer that die at any place: every frame is stored once, and the counters say so.
+
+A state machine does what it likes - append, fill up, kill, drain, die between two steps, damage files - and the judge
+of the integration tests looks at every state that has settled.
+"""
+
+import random
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from litellm_sqlalchemy import frames
+from litellm_sqlalchemy.consumer import Cursor, producers, read_state
+from litellm_sqlalchemy.frames import Frame, Kind
+from litellm_sqlalchemy.identifiers import uuid7
+from litellm_sqlalchemy.settings import Settings, SpoolSettings
+from litellm_sqlalchemy.spool import Producer
+from litellm_sqlalchemy.status import spool_status
+from litellm_sqlalchemy.writer import Writer
+from support.fakes import POISON, CrashError, FakeStore, crashing, kill
+from support.oracle import judge, tampered
+from support.records import BODY, Ledger, request, response
+
+#: Thousands of fsyncs are cheap in memory only.
+MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
+PICKS = st.integers(0, 5)
+STEPS = ("after the commit", "before the state is saved", "after the state is saved", "before the folder is removed")
+
+
+class Delivery(RuleBasedStateMachine):
+    """Any number of producers, one writer at a time, one store."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.directory = Path(tempfile.mkdtemp(prefix="spool-", dir=MEMORY))
+        self.store = FakeStore()
+        self.ledger = Ledger()
+        self.producers: dict[Producer, list[str]] = {}
+        self.damage_pending = False
+
+    def teardown(self) -> None:
+        for producer in self.producers:
+            kill(producer)
+        self.producers.clear()
+        self._drain()
+        status = judge(self.ledger, self.store.rows, self.directory)
+        assert status.spooled == 0
+        assert not producers(self.directory), "folders of producers that are gone are removed"
+        shutil.rmtree(self.directory)
+
+    @initialize()
+    def first(self) -> None:
+        self.start_producer(None, 4096)
+
+    @rule(cap=st.sampled_from([None, 6_000]), segment=st.sampled_from([4096, 8 * 1024 * 1024]))
+    def start_producer(self, cap: int | None, segment: int) -> None:
+        if len(self.producers) < 3:
+            spool = SpoolSettings(directory=self.directory, max_size=cap, segment_size=segment)
+            self.producers[Producer(spool)] = []
+
+    @rule(pick=PICKS, count=st.integers(1, 6), poison=st.sampled_from([False, False, True]))
+    def begin_calls(self, pick: int, count: int, poison: bool) -> None:
+        producer = self._producer(pick)
+        for _ in range(count):
+            call = uuid7().hex
+            payload = POISON if poison else BODY
+            if self.ledger.append(producer, Kind.REQUEST, call, request(call), payload):
+                self.producers[producer].append(call)
+            else:
+                producer.skip()
+                self.ledger.received += 1
+                self.ledger.dropped += 1
+
+    @rule(pick=PICKS)
+    def end_calls(self, pick: int) -> None:
+        producer = self._producer(pick)
+        for call in self.producers[producer]:
+            self.ledger.append(producer, Kind.RESPONSE, call, response(call), BODY)
+        self.producers[producer].clear()
+
+    @rule(pick=PICKS)
+    def kill_producer(self, pick: int) -> None:
+        producer = self._producer(pick)
+        del self.producers[producer]
+        kill(producer)
+
+    @rule(pick=PICKS)
+    def close_producer(self, pick: int) -> None:
+        producer = self._producer(pick)
+        del self.producers[producer]
+        producer.close()
+
+    @rule(pick=PICKS, cut=st.integers(1, 60))
+    def kill_producer_in_a_write(self, pick: int, cut: int) -> None:
+        """The last frame reaches the disk in part, as a power cut may leave it."""
+        producer = self._producer(pick)
+        call = uuid7().hex
+        frame = frames.encode(Frame(Kind.REQUEST, producer.received + 1, request(call), b""), frames.seed_of(producer._name))
+        del self.producers[producer]
+        kill(producer)
+        segments = sorted((self.directory / "producers" / producer._name).glob("*.seg"))
+        if segments:
+            with segments[-1].open("ab") as file:
+                file.write(frame[:cut])
+            self.ledger.received += 1
+            self.damage_pending = True
+
+    @rule(place=st.integers(0, len(BODY) - 1))
+    def damage(self, place: int) -> None:
+        """One byte of a payload changes."""
+        for name in producers(self.directory):
+            cursor = read_state(self.directory)[1].get(name, Cursor())
+            for file in sorted((self.directory / "producers" / name).glob("*.seg")):
+                content = bytearray(file.read_bytes())
+                start = cursor.offset if int(file.stem) == cursor.segment else 0
+                position = content.find(BODY, start)
+                if int(file.stem) >= cursor.segment and position >= 0:
+                    content[position + place] ^= 1
+                    file.write_bytes(content)
+                    self.damage_pending = True
+                    return
+
+    @rule()
+    def drain(self) -> None:
+        self._drain()
+        judge(self.ledger, self.store.rows, self.directory)
+
+    @rule(step=st.sampled_from(STEPS), limit=st.integers(1, 5))
+    def drain_and_die(self, step: str, limit: int) -> None:
+        writer = self._writer(limit)
+        consumer: Any = writer._consumer
+        if step == "after the commit":
+            consumer.account = crashing(consumer.account, before=True)
+        elif step == "before the folder is removed":
+            consumer._remove = crashing(consumer._remove, before=True)
+        else:
+            consumer._save = crashing(consumer._save, before=step.startswith("before"))
+        try:
+            while writer.drain_once():
+                pass
+        except CrashError:
+            pass
+        finally:
+            consumer.close()
+
+    @invariant()
+    def nothing_is_doubled_or_made_up(self) -> None:
+        records = [record for record, _ in self.store.rows]
+        assert len(records) == len(set(records))
+        assert {record for record, status in self.store.rows if status != "interrupted"} <= self.ledger.tried
+
+    def _producer(self, pick: int) -> Producer:
+        if not self.producers:
+            self.start_producer(None, 4096)
+        return list(self.producers)[pick % len(self.producers)]
+
+    def _writer(self, limit: int) -> Writer:
+        writer = Writer(
+            Settings.model_validate(
+                {
+                    "database": {"host": "nowhere"},
+                    "spool": {"directory": str(self.directory)},
+                    "writer": {"batch_size": limit, "listen": None},
+                }
+            )
+        )
+        writer._store = self.store  # type: ignore[assignment]
+        return writer
+
+    def _drain(self) -> None:
+        writer = self._writer(1000)
+        try:
+            while writer.drain_once():
+                pass
+        finally:
+            writer._consumer.close()
+        self.damage_pending = False
+
+
+TestDelivery = Delivery.TestCase
+TestDelivery.settings = settings(max_examples=25, stateful_step_count=25)
+
+
+def _delivered_twice(directory: Path, *, idempotent: bool) -> tuple[Ledger, FakeStore]:
+    """Deliver, die before that is noted, deliver again."""
+    machine = Delivery()
+    shutil.rmtree(machine.directory)
+    machine.directory = directory
+    machine.store.idempotent = idempotent
+    producer = Producer(SpoolSettings(directory=directory))
+    machine.ledger.send(producer, 10)
+    producer.close()
+    machine.drain_and_die("after the commit", 1000)
+    machine._drain()
+    return machine.ledger, machine.store
+
+
+def test_delivered_twice_is_stored_once(tmp_path: Path) -> None:
+    ledger, store = _delivered_twice(tmp_path, idempotent=True)
+    assert judge(ledger, store.rows, tmp_path).duplicates == 20
+
+
+def test_control_without_idempotency_the_judge_objects(tmp_path: Path) -> None:
+    ledger, store = _delivered_twice(tmp_path, idempotent=False)
+    with pytest.raises(AssertionError, match="a row is doubled"):
+        judge(ledger, store.rows, tmp_path)
+
+
+def test_control_the_judge_sees_every_wrong_counter_and_every_missing_row(tmp_path: Path) -> None:
+    ledger, store = _delivered_twice(tmp_path, idempotent=True)
+    for status in tampered(spool_status(tmp_path)):
+        with pytest.raises(AssertionError):
+            judge(ledger, store.rows, tmp_path, status=status)
+    rows = store.rows.copy()
+    del rows[random.Random(1).randrange(len(rows))]  # noqa: S311  no secret
+    with pytest.raises(AssertionError, match="lost: 1"):
+        judge(ledger, rows, tmp_path)
+    with pytest.raises(AssertionError, match="never sent"):
+        judge(ledger, [*store.rows, ((Kind.REQUEST, uuid7().hex), "")], tmp_path)
