@@ -5,16 +5,18 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import yaml
-
 from litellm_sqlalchemy import __version__, validate
 from litellm_sqlalchemy.errors import ExitCode, LogError
 from litellm_sqlalchemy.migrate import migrate
+from litellm_sqlalchemy.replay import replay
 from litellm_sqlalchemy.reports import add_verbs
 from litellm_sqlalchemy.settings import SETTINGS_VARIABLE, LoggingSettings, Settings, as_mapping, load_settings
 from litellm_sqlalchemy.status import spool_status
@@ -62,6 +64,8 @@ def _parser() -> argparse.ArgumentParser:
     migrating.add_argument("--check", action="store_true", help="change nothing; exit 5 when there is something to do")
     add("write", _write, "Deliver the spool to PostgreSQL until stopped.")
     add("status", _status, "Count what became of every event; exit 1 when any was lost.")
+    replaying = add("replay", _replay, "Store again what was delivered since a time, after a restore of the database.")
+    replaying.add_argument("--since", type=_moment, required=True, metavar="TIME", help="2026-11-23T14:30:00+00:00")
     add("settings", _settings, "Print the settings in force.")
     add_verbs(add)
     return parser
@@ -100,6 +104,26 @@ def _status(settings: Settings, options: argparse.Namespace) -> int:
     else:
         print(status)
     return ExitCode.FAILED if status.dead or status.damaged or status.dropped else ExitCode.OK
+
+
+def _replay(settings: Settings, options: argparse.Namespace) -> int:
+    result = replay(settings, options.since.timestamp())
+    if options.json:
+        _print(asdict(result))
+    else:
+        print(result)
+    window = time.time() - settings.spool.retain
+    if options.since.timestamp() < window:
+        kept = f"{datetime.fromtimestamp(window, UTC):%Y-%m-%dT%H:%M:%S+00:00}"
+        print(f"the spool keeps what was delivered since {kept} only (`spool.retain`)", file=sys.stderr)
+    return ExitCode.FAILED if result.refused else ExitCode.OK
+
+
+def _moment(text: str) -> datetime:
+    moment = datetime.fromisoformat(text)
+    if moment.tzinfo is None:
+        raise argparse.ArgumentTypeError(f"{text} has no time zone: write {text}+00:00 for UTC")
+    return moment
 
 
 def _settings(settings: Settings, options: argparse.Namespace) -> int:

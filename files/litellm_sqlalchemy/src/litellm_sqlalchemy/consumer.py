@@ -21,6 +21,7 @@ from litellm_sqlalchemy import frames
 from litellm_sqlalchemy.errors import SpoolError
 from litellm_sqlalchemy.frames import Damage, Frame, Kind
 from litellm_sqlalchemy.records import identifier
+from litellm_sqlalchemy.retention import Retention
 from litellm_sqlalchemy.spool import Lock, open_directory, read_counters, replace_file, reserve_space
 from litellm_sqlalchemy.store import DeadLetter, Delivery
 
@@ -81,8 +82,9 @@ class Batch:
 class Consumer:
     """Reads the spool; only one at a time may have it."""
 
-    def __init__(self, directory: Path) -> None:
-        """Take the writer's lock. Raises SpoolError, LockedError."""
+    def __init__(self, directory: Path, retention: Retention | None = None) -> None:
+        """Take the writer's lock; delivered segments go to `retention`, if any. Raises SpoolError, LockedError."""
+        self._retention = retention
         self.directory = open_directory(directory, create=True)
         self._state = directory / "state.json"
         try:
@@ -104,6 +106,8 @@ class Consumer:
 
     def batches(self, limit: int) -> Iterator[Batch]:
         """Yield one batch of at most `limit` frames of each producer that has any, or that has ended."""
+        if self._retention:
+            self._retention.prune()
         for producer in producers(self.directory):
             batch = self._read(producer, limit)
             before = self._cursors.get(producer, Cursor())
@@ -171,9 +175,17 @@ class Consumer:
             return
         for file in folder.glob("*.seg"):
             if int(file.stem) < batch.cursor.segment:
-                file.unlink()
+                self._discard(file)
+
+    def _discard(self, segment: Path) -> None:
+        if self._retention:
+            self._retention.retire(segment)
+        else:
+            segment.unlink()
 
     def _remove(self, folder: Path) -> None:
+        for file in folder.glob("*.seg"):
+            self._discard(file)
         shutil.rmtree(folder)
         del self._cursors[folder.name]  # not before: what is left of the folder must not be delivered again
 

@@ -70,6 +70,8 @@ class SpoolSettings(_Section):
     segment_size: Annotated[int, Field(ge=4096)] = 8 * 1024 * 1024
     max_size: Size | None = None
     when_full: Literal["drop", "refuse"] = "drop"
+    retain: Annotated[float, Field(ge=0)] = 86_400
+    retain_size: Annotated[int, Field(ge=0)] = 1024**3
 
 
 class WriterSettings(_Section):

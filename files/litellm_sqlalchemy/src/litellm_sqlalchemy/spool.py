@@ -9,9 +9,10 @@
         0000000001.seg ...        frames; only the last one grows
         counters.json             the process's own counters: what it wanted to write, what it had to drop
       dead/                       what PostgreSQL refused for good, with the reason
+      retired/<uuid>/             delivered segments, for `spool.retain` seconds (retention.py)
 
 A producer only appends; the writer only reads and unlinks. What counts as delivered is what the database committed:
-the writer moves its cursor behind it, durably, and then unlinks the segments that lie before the cursor.
+the writer moves its cursor behind it, durably, and then retires the segments that lie before the cursor.
 """
 
 import errno

@@ -17,6 +17,7 @@ from litellm_sqlalchemy.frames import Frame, Kind
 from litellm_sqlalchemy.migrate import schema_problem
 from litellm_sqlalchemy.monitoring import Health, Monitor
 from litellm_sqlalchemy.redaction import REDACTION_VERSION
+from litellm_sqlalchemy.retention import Retention
 from litellm_sqlalchemy.settings import Settings
 from litellm_sqlalchemy.store import Delivery, Store, Unavailable
 
@@ -40,7 +41,7 @@ class Writer:
             settings.database, "writer", "writer", statement_timeout=settings.writer.statement_timeout
         )
         self._store = Store(self.engine)
-        self._consumer = Consumer(settings.spool.directory)
+        self._consumer = Consumer(settings.spool.directory, Retention(settings.spool))
         self.health = Health()
         self._monitor = Monitor(settings, self._consumer, self.health, self.engine)
 

@@ -1,0 +1,94 @@
+"""Delivered segments stay for a while, and a replay finds in them what a restored database has lost."""
+
+import time
+
+import pytest
+
+from litellm_sqlalchemy.consumer import Consumer
+from litellm_sqlalchemy.frames import Kind
+from litellm_sqlalchemy.retention import Retention, delivered_since
+from litellm_sqlalchemy.settings import SpoolSettings
+from litellm_sqlalchemy.spool import Producer
+from litellm_sqlalchemy.store import Delivery
+
+CALLS = 40
+
+
+def settings(directory, **more):
+    return SpoolSettings(directory=directory, segment_size=4096, fsync="never", **more)
+
+
+def append(producer):
+    """Write requests of about 300 bytes; return their metadata."""
+    written = [f'{{"id":"{number:032x}","filler":"{"x" * 250}"}}'.encode() for number in range(CALLS)]
+    for metadata in written:
+        assert producer.append(Kind.REQUEST, metadata)
+    return written
+
+
+def drain(spool):
+    consumer = Consumer(spool.directory, Retention(spool))
+    for batch in consumer.batches(1000):
+        delivery = Delivery(inserted=len(batch.frames))
+        consumer.account(batch, delivery)
+        consumer.retire(batch, delivery)
+    consumer.close()
+
+
+def found(directory, since=0.0):
+    return [frame.metadata for frame in delivered_since(directory, since)]
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_what_was_delivered_is_found_again_in_its_order(tmp_path, alive):
+    spool = settings(tmp_path)
+    producer = Producer(spool)
+    written = append(producer)
+    if not alive:
+        producer.close()
+    drain(spool)
+    assert list(tmp_path.glob("retired/*/*.seg"))
+    assert found(tmp_path) == written
+    if alive:
+        producer.close()
+
+
+def test_segments_retired_before_the_time_are_left_out(tmp_path):
+    spool = settings(tmp_path)
+    producer = Producer(spool)
+    append(producer)
+    producer.close()
+    drain(spool)
+    assert found(tmp_path, time.time() + 10) == []
+
+
+def test_segments_go_when_their_time_is_over(tmp_path):
+    spool = settings(tmp_path, retain=100)
+    producer = Producer(spool)
+    append(producer)
+    producer.close()
+    drain(spool)
+    Retention(spool).prune(now=time.time() + 90)
+    assert found(tmp_path)
+    Retention(spool).prune(now=time.time() + 110)
+    assert list(tmp_path.glob("retired/*")) == []
+
+
+def test_the_oldest_go_above_the_size(tmp_path):
+    spool = settings(tmp_path, retain_size=6000)
+    producer = Producer(spool)
+    written = append(producer)
+    producer.close()
+    drain(spool)
+    Retention(spool).prune(now=time.time())
+    assert 0 < sum(file.stat().st_size for file in tmp_path.glob("retired/*/*.seg")) <= 6000
+    assert set(found(tmp_path)) < set(written)
+
+
+def test_nothing_is_kept_without_a_window(tmp_path):
+    spool = settings(tmp_path, retain=0)
+    producer = Producer(spool)
+    append(producer)
+    producer.close()
+    drain(spool)
+    assert not (tmp_path / "retired").exists()
