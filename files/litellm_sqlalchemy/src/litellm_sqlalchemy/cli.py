@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
 from litellm_sqlalchemy import __version__, validate
+from litellm_sqlalchemy.dead_letters import read_letters, requeue
 from litellm_sqlalchemy.errors import ExitCode, LogError
 from litellm_sqlalchemy.migrate import migrate
 from litellm_sqlalchemy.replay import replay
@@ -64,6 +66,9 @@ def _parser() -> argparse.ArgumentParser:
     migrating.add_argument("--check", action="store_true", help="change nothing; exit 5 when there is something to do")
     add("write", _write, "Deliver the spool to PostgreSQL until stopped.")
     add("status", _status, "Count what became of every event; exit 1 when any was lost.")
+    letters = add("dead-letters", _dead_letters, "List what PostgreSQL refused for good, or give it another chance.")
+    letters.add_argument("action", nargs="?", choices=("list", "requeue"), default="list", help="default: list")
+    letters.add_argument("id", nargs="*", help="letters to requeue; default: all")
     replaying = add("replay", _replay, "Store again what was delivered since a time, after a restore of the database.")
     replaying.add_argument("--since", type=_moment, required=True, metavar="TIME", help="2026-11-23T14:30:00+00:00")
     add("settings", _settings, "Print the settings in force.")
@@ -104,6 +109,21 @@ def _status(settings: Settings, options: argparse.Namespace) -> int:
     else:
         print(status)
     return ExitCode.FAILED if status.dead or status.damaged or status.dropped else ExitCode.OK
+
+
+def _dead_letters(settings: Settings, options: argparse.Namespace) -> int:
+    directory = settings.spool.directory
+    letters = requeue(directory, options.id) if options.action == "requeue" else read_letters(directory)
+    if options.json:
+        _print([{"id": one.id, "kind": one.kind, "call": one.call, "reason": one.reason} for one in letters])
+    elif options.action == "requeue":
+        print(f"{len(letters)} dead letters requeued")
+    else:
+        for letter in letters:
+            print(f"{letter.id}  {letter.kind:<8}  {letter.reason}")
+        if not letters:
+            print("no dead letters")
+    return ExitCode.OK
 
 
 def _replay(settings: Settings, options: argparse.Namespace) -> int:

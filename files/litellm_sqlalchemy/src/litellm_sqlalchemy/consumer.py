@@ -22,7 +22,7 @@ from litellm_sqlalchemy.errors import SpoolError
 from litellm_sqlalchemy.frames import Damage, Frame, Kind
 from litellm_sqlalchemy.records import identifier
 from litellm_sqlalchemy.retention import Retention
-from litellm_sqlalchemy.spool import Lock, open_directory, read_counters, replace_file, reserve_space
+from litellm_sqlalchemy.spool import Lock, open_directory, read_counters, remove_requeued, replace_file, reserve_space
 from litellm_sqlalchemy.store import DeadLetter, Delivery
 
 #: Bytes read from a segment at once; a longer frame doubles it. A batch ends when it holds as much.
@@ -135,6 +135,7 @@ class Consumer:
                 cursor.damaged = 0
             if frame.sequence in dead:
                 totals.dead += 1
+                is_open.pop(_call_of_response(frame), None)
                 continue
             call = identifier(frame)
             if frame.kind is Kind.REQUEST:
@@ -184,6 +185,7 @@ class Consumer:
             segment.unlink()
 
     def _remove(self, folder: Path) -> None:
+        remove_requeued(folder)
         for file in folder.glob("*.seg"):
             self._discard(file)
         shutil.rmtree(folder)
@@ -247,6 +249,14 @@ class Consumer:
         }
         replace_file(self._state, orjson.dumps(content))
         reserve_space(self._state, _STATE_RESERVE)
+
+
+def _call_of_response(frame: Frame) -> str:
+    """Return the call that a response which cannot be stored belongs to, an empty text where it does not say."""
+    try:
+        return identifier(frame) if frame.kind is Kind.RESPONSE else ""
+    except (ValueError, KeyError, TypeError):
+        return ""
 
 
 def read_state(directory: Path) -> tuple[Totals, dict[str, Cursor]]:

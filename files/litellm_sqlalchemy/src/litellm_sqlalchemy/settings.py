@@ -148,7 +148,7 @@ def load_settings(file: Path | None = None) -> Settings:
         ) from None
     except OSError as error:
         raise SettingsError(f"settings file {file} cannot be read: {error.strerror}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         where = str(error).replace("\n", " ")
         raise SettingsError(f"settings file {file} is not YAML: {where}") from None
     if not isinstance(content, dict):
@@ -183,7 +183,8 @@ def as_mapping(settings: Settings) -> dict[str, Any]:
 
 
 def _first_problem(error: ValidationError) -> str:
-    problem = error.errors(include_url=False)[0]
+    problems = error.errors(include_url=False)
+    problem = next((one for one in problems if one["type"] == "extra_forbidden"), problems[0])  # a typo explains most
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         return f"unknown key `{key}`"

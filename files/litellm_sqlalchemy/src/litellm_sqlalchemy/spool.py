@@ -41,6 +41,8 @@ _FULL_INTERVAL = 0.1
 _COUNTERS_INTERVAL = 5.0
 #: Bytes of a counter file: padded, so that writing it again needs no space on a full disk.
 _COUNTERS_SIZE = 512
+#: In a folder of requeued dead letters: the names of those it was made of.
+REQUEUED_FILE = "requeued.json"
 #: With `when_full: refuse`, the part of `max_size` that is kept for what accepted calls have still to write.
 _REFUSE_PART = 16
 
@@ -450,6 +452,15 @@ def read_counters(folder: Path) -> dict[str, int]:
     except (OSError, ValueError):
         return {}
     return content
+
+
+def remove_requeued(folder: Path) -> None:
+    """Remove the dead letters that a producer's folder was made of, now that it is durable."""
+    file = folder / REQUEUED_FILE
+    if file.exists():
+        for name in json.loads(file.read_bytes()):
+            (folder.parent.parent / "dead" / f"{name}.json").unlink(missing_ok=True)
+        file.unlink()
 
 
 def _set_result(future: Future[None]) -> None:

@@ -44,13 +44,14 @@ def spool_status(directory: Path) -> SpoolStatus:
         spooled += pending
         dropped += max(received, last) - cursor.sequence - pending
         highest[producer] = last
+    dead = sum(1 for _ in directory.glob("dead/*.json"))  # requeued ones have gone back to what is received
     delivered = totals.delivered_requests + totals.delivered_responses
     return SpoolStatus(
-        received=delivered + totals.dead + totals.damaged + totals.dropped + dropped + spooled,
+        received=delivered + dead + totals.damaged + totals.dropped + dropped + spooled,
         delivered_requests=totals.delivered_requests,
         delivered_responses=totals.delivered_responses,
         duplicates=totals.duplicates,
-        dead=totals.dead,
+        dead=dead,
         damaged=totals.damaged,
         dropped=totals.dropped + dropped,
         interrupted=totals.interrupted,

@@ -2,6 +2,7 @@
 
 import itertools
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -75,3 +76,14 @@ def writer(deployment: Deployment) -> Iterator[WriterProcess]:
     process = WriterProcess(deployment)
     yield process
     process.kill()
+
+
+@pytest.fixture
+def small_disk() -> Iterator[Path]:
+    """A file system of 4 MB that every user can reach; it takes the privileges of a test container to mount one."""
+    place = Path(tempfile.mkdtemp(prefix="small-disk-"))
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m,mode=0755", "tmpfs", str(place)], check=True)
+    place.chmod(0o755)
+    yield place
+    subprocess.run(["umount", "--lazy", str(place)], check=True)
+    place.rmdir()

@@ -1,0 +1,107 @@
+"""Dead letters: frames that PostgreSQL refused for good, each a file in the spool's `dead` folder, and the way back.
+
+What is requeued stands in a producer's folder of its own, with a list of the letters it was made of. The folder
+appears at once, whole and durable; then the letters are removed, by `requeue` or, if that dies, by the writer.
+"""
+
+import base64
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import orjson
+
+from litellm_sqlalchemy import frames
+from litellm_sqlalchemy.errors import LogError, SpoolError
+from litellm_sqlalchemy.frames import Frame
+from litellm_sqlalchemy.identifiers import uuid7
+from litellm_sqlalchemy.spool import (
+    REQUEUED_FILE,
+    Lock,
+    open_directory,
+    remove_requeued,
+    replace_file,
+    sync_directory,
+)
+
+
+class UnknownLetterError(LogError):
+    """There is no such dead letter."""
+
+
+@dataclass(frozen=True)
+class Letter:
+    """A dead letter: its name, the call it belongs to, and why it was refused."""
+
+    id: str
+    kind: str
+    call: str
+    reason: str
+    frame: Frame
+
+
+def read_letters(directory: Path) -> list[Letter]:
+    """Return the dead letters of a spool, requests first. Raises SpoolError."""
+    folder = open_directory(directory) / "dead"
+    try:
+        letters = [_read(file) for file in folder.glob("*.json")]
+    except OSError as error:
+        raise SpoolError(f"{folder} cannot be read: {error.strerror}") from None
+    return sorted(letters, key=lambda letter: (letter.frame.kind, letter.id))
+
+
+def requeue(directory: Path, ids: list[str]) -> list[Letter]:
+    """Put letters back into the spool, all without `ids`, each with the other half of its call; return them.
+
+    Raises UnknownLetterError, SpoolError.
+    """
+    for earlier in (open_directory(directory) / "producers").glob(f"[!.]*/{REQUEUED_FILE}"):
+        remove_requeued(earlier.parent)  # a requeue that was killed half-way
+    letters = read_letters(directory)
+    if unknown := set(ids) - {letter.id for letter in letters}:
+        raise UnknownLetterError(f"no dead letter {min(unknown)}: see `litellm-sqlalchemy dead-letters list`")
+    calls = {letter.call for letter in letters if not ids or letter.id in ids}
+    chosen = [letter for letter in letters if letter.call in calls]
+    if chosen:
+        try:
+            _write(directory / "producers", chosen)
+        except OSError as error:
+            raise SpoolError(f"spool directory {directory}: {error.strerror}") from None
+    return chosen
+
+
+def _read(file: Path) -> Letter:
+    try:
+        content = json.loads(file.read_bytes())
+        [(frame, _)] = frames.decode(base64.b64decode(content["frame"]), complete=True)
+        if not isinstance(frame, Frame):
+            raise ValueError(frame.reason)
+    except (ValueError, KeyError, TypeError) as error:
+        raise SpoolError(f"dead letter {file} is damaged: {error}; move it away") from None
+    return Letter(file.stem, str(content["kind"]), _call(frame) or file.stem, str(content["reason"]), frame)
+
+
+def _call(frame: Frame) -> str:
+    try:
+        metadata = orjson.loads(frame.metadata)
+    except orjson.JSONDecodeError:
+        return ""
+    return str(metadata.get("id") or metadata.get("request_id") or "") if isinstance(metadata, dict) else ""
+
+
+def _write(producers: Path, letters: list[Letter]) -> None:
+    name = str(uuid7())
+    seed = frames.seed_of(name)
+    hidden = producers / f".{name}"
+    hidden.mkdir()
+    lock = Lock(hidden / "lock")
+    encoded = [
+        frames.encode(letter.frame._replace(sequence=number), seed) for number, letter in enumerate(letters, start=1)
+    ]
+    replace_file(hidden / REQUEUED_FILE, json.dumps([letter.id for letter in letters]).encode())
+    replace_file(hidden / "0000000001.seg", b"".join(encoded))
+    os.rename(hidden, producers / name)
+    sync_directory(producers)
+    remove_requeued(producers / name)
+    lock.release()

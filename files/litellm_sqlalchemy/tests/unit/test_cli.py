@@ -1,0 +1,102 @@
+"""The command's exit codes, as far as no database is needed, and that it says one line where something is wrong."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from litellm_sqlalchemy.cli import main
+from litellm_sqlalchemy.errors import ExitCode
+from litellm_sqlalchemy.settings import SETTINGS_VARIABLE
+from litellm_sqlalchemy.spool import Lock, Producer, SpoolSettings
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A settings file whose database nobody answers for."""
+    (tmp_path / "spool").mkdir()
+    (tmp_path / "writer.json").write_text('{"user": "w", "password": "p"}')
+    (tmp_path / "migrator.json").write_text('{"user": "m", "password": "p"}')
+    file = tmp_path / "settings.yml"
+    content = {
+        "database": {"host": "127.0.0.1", "port": 1, "credentials_directory": str(tmp_path), "connect_timeout": 2},
+        "spool": {"directory": str(tmp_path / "spool")},
+        "writer": {"listen": None},
+    }
+    file.write_text(yaml.safe_dump(content))
+    monkeypatch.setenv(SETTINGS_VARIABLE, str(file))
+    return file
+
+
+def _fails(capsys: pytest.CaptureFixture[str], arguments: list[str], code: ExitCode, says: str) -> None:
+    assert main(arguments) == code
+    captured = capsys.readouterr()
+    assert captured.err.startswith("litellm-sqlalchemy: ")
+    assert captured.err.count("\n") == 1, captured.err
+    assert says in captured.err
+
+
+def test_ok(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["settings"]) == ExitCode.OK == 0
+    assert yaml.safe_load(capsys.readouterr().out)["database"]["host"] == "127.0.0.1"
+    assert main(["status"]) == ExitCode.OK
+
+
+def test_failed(file: Path, tmp_path: Path) -> None:
+    producer = Producer(SpoolSettings(directory=tmp_path / "spool"))
+    producer.append(1, b"{}")  # type: ignore[arg-type]  an IntEnum's number
+    producer.skip()
+    assert main(["status"]) == ExitCode.FAILED == 1, "something was dropped"
+    producer.close()
+
+
+@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["settings", "--nonsense"], ["dead-letters", "burn"]])
+def test_usage(file: Path, arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == ExitCode.USAGE == 2
+
+
+def test_settings(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ExitCode.SETTINGS == 3
+    _fails(capsys, ["settings", "--settings", str(tmp_path / "none")], ExitCode.SETTINGS, "does not exist")
+    file.write_text("databse: {}")
+    _fails(capsys, ["status"], ExitCode.SETTINGS, "databse")
+
+
+def test_database(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ExitCode.DATABASE == 4
+    _fails(capsys, ["migrate"], ExitCode.DATABASE, "127.0.0.1:1")
+
+
+def test_spool(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ExitCode.SPOOL == 6
+    spool = tmp_path / "spool"
+    (spool / "format").write_text("9")
+    for verb in (["write"], ["status"], ["dead-letters"]):
+        _fails(capsys, verb, ExitCode.SPOOL, "has format '9', this version reads '1'")
+    (spool / "format").unlink()
+    (spool / "state.json").write_text('{"tot')
+    _fails(capsys, ["status"], ExitCode.SPOOL, "state.json is damaged")
+    _fails(capsys, ["write"], ExitCode.SPOOL, "state.json is damaged")
+    spool.rename(tmp_path / "elsewhere")
+    for verb in (["write"], ["status"], ["dead-letters"]):
+        _fails(capsys, verb, ExitCode.SPOOL, "does not exist: create it, or set `spool.directory`")
+
+
+def test_locked(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ExitCode.LOCKED == 7
+    lock = Lock(tmp_path / "spool" / "writer.lock")
+    _fails(capsys, ["write"], ExitCode.LOCKED, "is held by process ")
+    lock.release()
+
+
+def test_every_code_is_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    assert caught.value.code == 0
+    words = " ".join(capsys.readouterr().out.split())
+    for code in ExitCode:
+        assert f"{code.value} {code.name.lower()}" in words
+    with pytest.raises(SystemExit):
+        main(["--version"])

@@ -1,0 +1,38 @@
+"""UUIDv7: in order within a process, and the way back to the time."""
+
+import threading
+from datetime import UTC, datetime, timedelta
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from litellm_sqlalchemy.identifiers import first_id_at, time_of, uuid7
+
+MOMENTS = st.datetimes(datetime(1970, 1, 2), datetime(2200, 1, 1), timezones=st.just(UTC))
+
+
+def test_ids_of_a_process_are_in_order() -> None:
+    ids = [uuid7() for _ in range(5000)]
+    assert ids == sorted(ids)
+    assert {identifier.version for identifier in ids} == {7}
+    assert len(set(ids)) == len(ids)
+
+
+def test_ids_of_many_threads_are_distinct() -> None:
+    ids: list[object] = []
+    threads = [threading.Thread(target=lambda: ids.extend(uuid7() for _ in range(500))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(ids)) == 4000
+
+
+@given(MOMENTS)
+def test_the_time_of_an_id(moment: datetime) -> None:
+    nanoseconds = int((moment - datetime(1970, 1, 1, tzinfo=UTC)) / timedelta(microseconds=1)) * 1000
+    identifier = uuid7(nanoseconds)
+    assert abs(time_of(identifier) - moment) <= timedelta(milliseconds=1)
+    assert (
+        first_id_at(moment - timedelta(milliseconds=1)) <= identifier < first_id_at(moment + timedelta(milliseconds=2))
+    )
