@@ -31,7 +31,7 @@ def show(host, unit, name):
 
 
 def main_pid(host, unit):
-    return int(show(host, unit, "MainPID"))
+    return show(host, unit, "MainPID")
 
 
 def is_active(host, unit):
@@ -111,7 +111,8 @@ def test_secrets_are_not_in_process_environments_or_arguments(host, secrets):
 
 
 def test_secrets_are_not_in_unit_properties_journal_or_readable_files(host, secrets):
-    everything = host.check_output("systemctl show %s; journalctl --no-pager --output=cat", " ".join(UNITS))
+    everything = host.check_output(f"systemctl show {' '.join(UNITS)}; journalctl --no-pager --output=cat")
+    assert all(f"Id={unit}" in everything for unit in UNITS)
     everything += host.check_output("cat /etc/systemd/system/*.service /etc/litellm/*.yaml /usr/local/lib/litellm/*")
     assert [file for file, value in secrets.items() if value in everything] == []
 
@@ -170,14 +171,14 @@ def test_killed_instance_comes_back_while_the_other_serves(host):
         )
         assert host.check_output("python3 -c %s", other) == "200"
         wait_for(
-            host, GATEWAYS[0], lambda: main_pid(host, GATEWAYS[0]) not in (0, victim) and is_active(host, GATEWAYS[0])
+            host, GATEWAYS[0], lambda: main_pid(host, GATEWAYS[0]) not in ("0", victim) and is_active(host, GATEWAYS[0])
         )
 
 
 def test_killed_writer_comes_back(host):
     victim = main_pid(host, WRITER)
     host.check_output("kill -9 %s", victim)
-    wait_for(host, WRITER, lambda: main_pid(host, WRITER) not in (0, victim) and is_active(host, WRITER))
+    wait_for(host, WRITER, lambda: main_pid(host, WRITER) not in ("0", victim) and is_active(host, WRITER))
 
 
 def test_writer_reports_to_the_watchdog(host):
