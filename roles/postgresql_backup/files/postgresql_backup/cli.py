@@ -32,6 +32,7 @@ _USERS = {
     "report": "postgres",
     "list": "postgres",
     "status": "postgres",
+    "validate": "postgres",
 }
 _Verb = Callable[[Settings, argparse.Namespace], int]
 
@@ -82,12 +83,13 @@ def _parser() -> argparse.ArgumentParser:
 
     for name, verb, summary in (
         ("status", _status, "Say how old and how proven the backups are; exit 1 when a check fails."),
+        ("validate", _status, "The same, as the deployment's final report wants it."),
         ("list", _list, "List dumps, base backups and how far back a recovery can go."),
         ("progress", _progress, "Say how far the running restore is."),
     ):
         added = add(name, verb, summary)
         added.add_argument("--json", action="store_true", help="print JSON")
-        if name == "status":
+        if name in ("status", "validate"):
             added.add_argument("--metrics", type=Path, metavar="FILE", help="write Prometheus metrics into FILE too")
     add("dump", _dump, "Take a logical dump (in its unit: postgresql-backup-dump.service).")
     verify = add("verify", _verify, "Compare stored dumps with their manifests; with --decrypt, their content too.")
@@ -110,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("pending", _pending, "Say, as JSON, whether the server has to be reloaded or restarted.")
     add("first", _first, "Take the first dump and the first base backup where there is none.")
+    add("ready", _ready, "Take a dump when the drill has no key for the newest one.")
     add("prepare", _prepare, "Make tables and stanza; refuse a repository of another cluster.")
     restoring = add("restore", _restore, "Restore into a new cluster beside the live one.")
     restoring.add_argument("--from", dest="source", choices=["base", "dump"], default="base")
@@ -223,7 +226,7 @@ def _copy(settings: Settings, options: argparse.Namespace) -> int:
 
 
 def _fetch(settings: Settings, options: argparse.Namespace) -> int:
-    print(offsite.fetch(settings, _rclone_configuration(), options.dump))
+    print(offsite.fetch(settings, _rclone_configuration(), "" if options.dump == "newest" else options.dump))
     return ExitCode.OK
 
 
@@ -281,6 +284,15 @@ def _first(settings: Settings, options: argparse.Namespace) -> int:
                 f"{unit} failed: {said.strip().splitlines()[-1] if said.strip() else 'see its journal'}"
             ) from None
         print(f"started {unit}")
+    return ExitCode.OK
+
+
+def _ready(settings: Settings, options: argparse.Namespace) -> int:
+    found = dumps.names(Path(settings.dumps))
+    if found and (Path(settings.run) / f"{found[-1]}.key").exists():
+        return ExitCode.OK
+    run(["systemctl", "start", "postgresql-backup-dump.service"])
+    print("took a dump: the key of the newest one was not in memory")
     return ExitCode.OK
 
 

@@ -58,7 +58,7 @@ def run_drill(settings: Settings, kind: str, identity: str = "") -> Report:
     """Restore the newest backup of a kind, look at it, leave a report; `identity` decrypts in the place of the own key."""
     report = Report(kind, utc(time.time()).isoformat())
     began = time.monotonic()
-    with lock(Path(settings.drill) / ".lock"):
+    with lock(Path(settings.drill) / ".lock", wait=True):  # the other kind has its turn first
         # Until the end it counts as failed: a drill that is killed leaves a red report, not an old green one.
         report.message = "the drill did not come to its end: journalctl -u 'postgresql-backup-drill@*'"
         write_json(report_file(settings, kind), asdict(report))
@@ -87,7 +87,8 @@ def _drill_dump(settings: Settings, spare: Spare, report: Report, identity: str)
     manifest = dumps.newest(directory)
     check_age("dump", manifest.moment, settings.limit("dump"))
     check_version(settings, manifest.server_version)
-    dumps.check_files(directory / manifest.name, manifest)
+    for name in reversed(dumps.names(directory)):
+        dumps.check_files(directory / name, dumps.load(directory / name))
     _check_not_emptied(directory, manifest)
     identity = identity or own_identity(settings, manifest)
     began = time.monotonic()

@@ -142,14 +142,17 @@ class Restored:
         log = Path(f"/var/log/postgresql/postgresql-{self._settings.version}-{RESTORED}.log")
         lines = log.read_text(errors="replace").splitlines() if log.exists() else []
         telling = [line for line in lines if "FATAL" in line or "PANIC" in line]
+        if any("before configured recovery target" in line for line in telling[-1:]):
+            return "the archived WAL ends before the target, or has no point of that name (recovery target not reached)"
         return (telling or lines or ["it left no log"])[-1][:400]
 
     def discard(self) -> None:
         """Stop and remove the cluster."""
-        if self.etc.exists():
+        if (self.etc / "postgresql.conf").exists():
             run(["pg_dropcluster", "--stop", self._settings.version, RESTORED])
-        elif self.data.exists():
-            shutil.rmtree(self.data)
+        for directory in (self.etc, self.data):  # what pg_dropcluster does not know, or an interrupted run left
+            if directory.exists():
+                shutil.rmtree(directory)
 
 
 def restore_base(settings: Settings, target: Target, repository: int, port: int) -> str:

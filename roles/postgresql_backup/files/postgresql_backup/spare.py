@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from postgresql_backup.database import Connection, session
-from postgresql_backup.errors import DamagedError, RefusedError, ToolError
+from postgresql_backup.database import Connection, one, session
+from postgresql_backup.errors import DamagedError, DatabaseError, RefusedError, ToolError
 from postgresql_backup.settings import Settings
-from postgresql_backup.tools import run
+from postgresql_backup.tools import run, wait_for
 
 _START_TIMEOUT = 3600
 #: As the role postgresql makes clusters.
@@ -40,7 +40,8 @@ class Spare:
         """Make an empty directory for the cluster; remove all of it in the end."""
         self.remove()
         for directory in (self.directory, self.data, self.socket):
-            directory.mkdir(mode=0o700)
+            directory.mkdir()
+            directory.chmod(0o700)  # not the group of the directory above
         try:
             yield
         finally:
@@ -78,6 +79,17 @@ class Spare:
             run([*command, f"--timeout={_START_TIMEOUT}", "--options", f"-c config_file={configuration}", "start"])
         except ToolError:
             raise DamagedError(f"the spare cluster does not start: {self.last_words()}") from None
+        if not wait_for(self._recovered, _START_TIMEOUT, 0.5):  # pg_ctl is content with a server that recovers
+            raise DamagedError(f"the spare cluster does not end its recovery: {self.last_words()}")
+
+    def _recovered(self) -> bool:
+        if not (self.data / "postmaster.pid").exists():
+            raise DamagedError(f"the spare cluster's recovery failed: {self.last_words()}")
+        try:
+            with self.session() as connection:
+                return not one(connection, "SELECT pg_is_in_recovery()")
+        except DatabaseError:
+            return False
 
     def last_words(self) -> str:
         """Return what the server said last of an error."""

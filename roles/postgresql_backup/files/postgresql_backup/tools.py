@@ -109,12 +109,12 @@ def sync_directory(directory: Path) -> None:
 
 
 @contextmanager
-def lock(file: Path) -> Iterator[None]:
-    """Hold an exclusive lock. Raises LockedError that names the holder and its age."""
+def lock(file: Path, *, wait: bool = False) -> Iterator[None]:
+    """Hold an exclusive lock; `wait` waits for it. Raises LockedError that names the holder and its age."""
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o640)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             holder = os.read(descriptor, 64).decode(errors="replace").strip() or "unknown"
             age = int(time.time() - os.fstat(descriptor).st_mtime)
