@@ -12,6 +12,7 @@ MAXIMAL_EXPOSURE = 1.5
 PAIRS = ("litellm_migrator", "litellm_writer", "litellm_reader", "litellm_monitor")
 LOGINS = [f"{pair}_{end}" for pair in PAIRS for end in "ab"]
 GROUPS = {"litellm_owner", "litellm_writer", "litellm_reader", "litellm_maintainer", "litellm_monitor"}
+BACKUP_LOGINS = ["litellm_backup_a", "litellm_backup_b"]
 VERIFIED = "sslmode=verify-full sslrootcert=/etc/postgresql/17/main/tls/ca.crt channel_binding=require"
 DENIED, READ_ONLY = "42501", "25006"  # SQLSTATE: insufficient_privilege, read_only_sql_transaction
 
@@ -109,8 +110,9 @@ def test_exact_pg_hba_rules(sql, own_address):
         "SELECT type, array_to_string(database, ',') AS d, array_to_string(user_name, ',') AS u, address, netmask,"
         " auth_method, options, error FROM pg_hba_file_rules ORDER BY rule_number"
     )
-    superuser, *network = rules
+    superuser, backup, *network = rules
     assert superuser == ("local", "all", "postgres", None, None, "peer", None, None)
+    assert backup == ("local", "litellm,backup", ",".join(BACKUP_LOGINS), None, None, "scram-sha-256", None, None)
     addresses = [rule[3] for rule in network]
     assert len(addresses) == len(set(addresses))
     assert {own_address, "127.0.0.1"} <= set(addresses)
@@ -223,15 +225,18 @@ def test_exact_roles(sql):
         )
     }
     assert roles.pop("postgres") == (True, None, True)
-    assert roles.keys() == GROUPS | set(LOGINS)
-    assert {roles[name] for name in GROUPS} == {(False, None, False)}
-    for pair in PAIRS:
+    groups = GROUPS | {"litellm_backup", "backup_owner"}
+    assert roles.keys() == groups | set(LOGINS) | set(BACKUP_LOGINS)
+    assert {roles[name] for name in groups} == {(False, None, False)}
+    for pair in (*PAIRS, "litellm_backup"):
         both = sorted([roles[f"{pair}_a"], roles[f"{pair}_b"]])
         assert both == [(False, None, False), (True, "SCRAM-SHA-256$4096:", False)], pair
 
 
 def test_exact_memberships(sql):
     expected = {("litellm_monitor", "pg_monitor", True, False, False)}
+    expected |= {("litellm_backup", "pg_read_all_data", True, False, False)}
+    expected |= {(login, "litellm_backup", True, False, False) for login in BACKUP_LOGINS}
     for end in "ab":
         expected.add((f"litellm_migrator_{end}", "litellm_owner", False, True, False))
         expected |= {(f"{g}_{end}", g, True, False, False) for g in PAIRS if g != "litellm_migrator"}
@@ -249,6 +254,7 @@ def test_exact_privileges_on_databases(sql):
     )
     connecting = {"litellm_migrator_a", "litellm_migrator_b", *GROUPS} - {"litellm_owner"}
     expected = {("litellm", role, "CONNECT") for role in connecting} | {("litellm", "litellm_writer", "TEMPORARY")}
+    expected |= {(database, "litellm_backup", "CONNECT") for database in ("litellm", "backup")}
     assert set(found) == expected
 
 
