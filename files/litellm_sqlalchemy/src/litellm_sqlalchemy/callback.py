@@ -104,12 +104,12 @@ class RequestLogger(CustomLogger):
 
     @_guarded
     async def async_post_call_failure_deployment_hook(
-        self, request_data: Any, original_exception: Exception, call_type: Any, **_: Any
+        self, request_data: Any, exception: Exception, call_type: Any, fallback_depth: int | None = None
     ) -> None:
         """One attempt at one deployment has failed."""
         call = current_call.get()
         if call is not None and not _is_health_check(call):
-            call.attempts.append(_attempt_of(call, request_data, original_exception))
+            call.attempts.append(_attempt_of(call, request_data, exception))
 
     def _take_event(self, kwargs: dict[str, Any]) -> None:
         payload = kwargs.get("standard_logging_object")

@@ -2,7 +2,7 @@
 
 import time
 from asyncio import CancelledError
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Generator, MutableMapping
 from typing import Any
 
 from litellm_sqlalchemy.calls import Call, Recorder, client_address, current_call
@@ -47,8 +47,8 @@ class CallObserver:
                         call.first_byte_at = time.perf_counter()
                     call.response.add(message.get("body", b""))
                     if not message.get("more_body"):
-                        call.disconnected = call.disconnected or _is_gone(receive)
                         last_byte_sent = True
+                        call.disconnected = call.disconnected or _is_gone(receive)
             except Exception:
                 self._recorder.fail("the observer")
             await send(message)
@@ -118,5 +118,6 @@ def _is_gone(receive: Receive) -> bool:
     except StopIteration as result:
         return bool(result.value["type"] == "http.disconnect")
     finally:
-        waiting.close()
+        if isinstance(waiting, Generator):
+            waiting.close()
     return False

@@ -40,7 +40,7 @@ def redact(payload: bytes) -> bytes:
         return b""
     try:
         return orjson.dumps(_redacted(content))
-    except RecursionError:
+    except (RecursionError, orjson.JSONEncodeError):  # nested too deeply
         return b""
 
 

@@ -85,12 +85,24 @@ def test_call(
     check(case, gateway, gateway_database, clients, began)
 
 
+def test_a_wrong_column_is_noticed(
+    gateway: Gateway, gateway_database: Database, upstream: Upstream, made: list[Clients]
+) -> None:
+    """The negative control: no column of a row can change without a difference."""
+    clients = Clients(gateway.url, "control", upstream)
+    clients.chat()
+    made.append(clients)
+    wait_until(lambda: rows(gateway_database, "control")[1], "the response is stored")
+    found = rows(gateway_database, "control")
+    for expected, row in zip(CASES[0].expected(), (_told(found[0][0]), _told(found[1][0])), strict=True):
+        assert differences(expected, row, clients) == []
+        assert [column for column in row if not differences(expected, {**row, column: b"other"}, clients)] == []
+
+
 def test_nothing_else_is_stored(gateway_database: Database, made: list[Clients]) -> None:
-    calls = sorted(clients.told_call_id for clients in made)
-    stored = gateway_database.query(
-        "SELECT call_id FROM requests WHERE origin = 'client' ORDER BY call_id COLLATE \"C\""
-    )
-    assert [call_id for (call_id,) in stored] == calls
+    first = min(clients.made_at for clients in made)
+    stored = gateway_database.query("SELECT call_id FROM requests WHERE created_at >= to_timestamp(%s)", first - 0.01)
+    assert sorted(call_id for (call_id,) in stored) == sorted(clients.told_call_id for clients in made)
     assert gateway_database.count("responses") == gateway_database.count("requests")
 
 

@@ -2,6 +2,8 @@
 
 import http.client
 import json
+import socket
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,6 +26,7 @@ class Clients:
         """Take the gateway's address, the call id to send and the provider."""
         self.url = url
         self.call_id = call_id
+        self.made_at = time.time()
         self.upstream = upstream
         self.earlier: list[Clients] = []
         self.sent = b""
@@ -72,8 +75,11 @@ class Clients:
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.http.post(path, headers=self._headers(self._plain_headers(key)), content=content)
 
-    def hang_up(self, path: str, body: Json, *, after: bytes = b"") -> None:
-        """Make a call to a model that holds its answer; hang up once the provider has it and `after` has come in."""
+    def hang_up(self, path: str, body: Json, *, after: bytes = b"", reads_on: bool = False) -> None:
+        """Make a call to a model that holds its answer; hang up once the provider has it and `after` has come in.
+
+        The provider answers only after the gateway has noticed; LiteLLM `reads_on` or hangs up in its turn.
+        """
         self.sent = json.dumps(body).encode()
         connection = http.client.HTTPConnection(self.url.removeprefix("http://"), timeout=30)
         with self.upstream.holding():
@@ -85,8 +91,12 @@ class Clients:
                 received = b""
                 while after not in received:
                     received += response.read1(65536)
-            connection.sock.close()
-            self.upstream.abandoned.wait(1)  # the gateway hangs up as well, or goes on to the end
+            connection.sock.shutdown(socket.SHUT_WR)
+            while connection.sock.recv(65536):
+                pass  # the gateway closes its side once it has noticed
+            connection.close()
+            if not reads_on:
+                assert self.upstream.abandoned.wait(20), "LiteLLM has not hung up"
 
     def before(self) -> "Clients":
         """Return clients for a call that comes before this one."""

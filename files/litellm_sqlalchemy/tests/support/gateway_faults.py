@@ -3,10 +3,12 @@
 import asyncio
 import functools
 import inspect
+from contextvars import ContextVar
 from typing import Any
 
 import litellm
 from litellm.integrations.custom_logger import CustomLogger
+from litellm.litellm_core_utils.logging_worker import GLOBAL_LOGGING_WORKER
 from litellm.proxy import proxy_server
 
 from litellm_sqlalchemy import callback, calls, observer
@@ -44,7 +46,6 @@ def _breakable(owner: Any, name: str) -> None:
 for _owner, _name in (
     (calls.Call, "accept"),
     (calls.Call, "describe"),
-    (calls.Call, "write_request"),
     (calls.Call, "conclude"),
     (calls.Call, "_response_metadata"),
     (calls.Call, "_response_payload"),
@@ -80,4 +81,18 @@ async def assumptions() -> dict[str, Any]:
         "hooks": hooks,
         "stack": type(proxy_server.app.middleware_stack).__name__,
         "callbacks": [type(item).__name__ for item in litellm.callbacks if not isinstance(item, str)],
+        "worker_context": await _seen_by_logging_worker(),
     }
+
+
+async def _seen_by_logging_worker() -> str | None:
+    """Return what LiteLLM's logging worker sees of a context variable of the request."""
+    marker: ContextVar[str] = ContextVar("marker")
+    marker.set("of this request")
+    seen: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
+
+    async def look() -> None:
+        seen.set_result(marker.get(None))
+
+    GLOBAL_LOGGING_WORKER.ensure_initialized_and_enqueue(look())
+    return await asyncio.wait_for(seen, 10)

@@ -324,7 +324,7 @@ def test_observer_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_a_client_gone_before_the_answer(tmp_path: Path) -> None:
-    incoming = [{"type": "http.request", "body": b"{}"}, {"type": "http.disconnect"}]
+    incoming: list[dict[str, Any]] = [{"type": "http.request", "body": b"{}"}, {"type": "http.disconnect"}]
     _, producer = exchange(tmp_path, answering(), incoming)
     assert producer.records[1][1]["status"] == "client_disconnected"
     assert producer.records[1][2] == b"ok"

@@ -1,0 +1,252 @@
+"""What a real gateway does with the request log under faults, and what the log relies on in LiteLLM."""
+
+import re
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from support.clients import Clients
+from support.gateway import Gateway
+from support.keys import MASTER_KEY, OPAQUE_KEY, PROVIDER_KEY, USER_KEY
+from support.postgresql import Database, Server
+from support.processes import Deployment, WriterProcess
+from support.upstream import Upstream
+from support.waiting import wait_until
+
+_CHAT = "/v1/chat/completions"
+
+
+def _body(model: str = "ok", **more: Any) -> dict[str, Any]:
+    return {"model": model, "messages": [{"role": "user", "content": "hello"}], **more}
+
+
+def _outcomes(database: Database, call_id: str) -> list[tuple[Any, ...]]:
+    return database.query(
+        "SELECT status, status_code, attempt_count FROM requests JOIN responses ON request_id = id WHERE call_id = %s",
+        call_id,
+    )
+
+
+def _rejected(url: str, count: int, call_id: str) -> None:
+    """Make calls with a bad key, as fast as it goes."""
+
+    def call(_: int) -> int:
+        headers = {"authorization": "Bearer sk-flood", "x-litellm-call-id": call_id}
+        return client.post(f"{url}{_CHAT}", json=_body(), headers=headers).status_code
+
+    with httpx.Client(timeout=30) as client, ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(call, range(count))) == {401}
+
+
+def _counted(database: Database, call_id: str) -> tuple[int, int, int]:
+    """Return the rows of a flood, the calls that they stand for, and their responses."""
+    rows = database.query(
+        "SELECT count(*), coalesce(sum(calls), 0), count(request_id) FROM requests "
+        "LEFT JOIN responses ON request_id = id WHERE call_id = %s",
+        call_id,
+    )
+    return int(rows[0][0]), int(rows[0][1]), int(rows[0][2])
+
+
+def test_assumptions(gateway: Gateway) -> None:
+    """LiteLLM's side of what the package relies on: when an upgrade changes it, look here first."""
+    found = gateway.state("assumptions")
+    assert found["stack"] == "CallObserver"
+    assert "RequestLogger" in found["callbacks"]
+    assert found["worker_context"] == "of this request"
+    event = ["self", "kwargs", "response_obj", "start_time", "end_time"]
+    assert found["hooks"] == {
+        "async_pre_call_hook": ["self", "user_api_key_dict", "cache", "data", "call_type"],
+        "async_log_success_event": event,
+        "async_log_failure_event": event,
+        "async_post_call_failure_hook": [
+            "self", "request_data", "original_exception", "user_api_key_dict", "traceback_str"
+        ],
+        "async_post_call_failure_deployment_hook": [
+            "self", "request_data", "exception", "call_type", "fallback_depth"
+        ],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("broken", "model", "status"),
+    [
+        ("accept", "ok", 200),
+        ("describe", "ok", 200),
+        ("event_of", "ok", 200),
+        ("_response_metadata", "ok", 200),
+        ("_response_payload", "ok", 200),
+        ("_note_start", "ok", 200),
+        ("_error_of", "error-500", 500),
+        ("_attempt_of", "error-500", 500),
+    ],
+)
+def test_a_defect_of_the_log(  # F45
+    gateway: Gateway, gateway_database: Database, upstream: Upstream, broken: str, model: str, status: int
+) -> None:
+    call_id = f"defect-{broken}"
+    before = gateway.state()["failures"]
+    headers = {"x-litellm-call-id": call_id, "authorization": f"Bearer {USER_KEY}"}
+    usual = httpx.post(f"{gateway.url}{_CHAT}", json=_body(model), headers={**headers, "x-litellm-call-id": "usual"})
+    answer = httpx.post(
+        f"{gateway.url}{_CHAT}", json=_body(model), headers={**headers, "user-agent": f"break {broken}"}
+    )
+    assert (answer.status_code, answer.content) == (status, usual.content)
+    wait_until(lambda: _outcomes(gateway_database, call_id), "the call is stored")
+    outcomes = _outcomes(gateway_database, call_id)
+    assert [outcome[0] for outcome in outcomes] == ["success" if status == 200 else "failure"]
+    assert gateway.state()["failures"] > before
+
+
+def test_health_check(gateway: Gateway, gateway_database: Database) -> None:
+    def stored() -> list[tuple[Any, ...]]:
+        return gateway_database.query(
+            "SELECT origin, r.model, key_hash, client_address, status, s.model, attempt_count "
+            "FROM requests r JOIN responses s ON request_id = id WHERE origin <> 'client'"
+        )
+
+    before = gateway_database.count("requests")
+    answer = httpx.get(f"{gateway.url}/health?model=ok", headers={"authorization": f"Bearer {MASTER_KEY}"}, timeout=60)
+    assert answer.json()["healthy_count"] == 1
+    wait_until(stored, "the health check is stored")
+    assert stored() == [("health_check", "ok", None, None, "success", "ok", 1)]
+    assert gateway_database.count("requests") == before + 1
+
+
+def test_a_flood_of_bad_keys(gateway: Gateway, gateway_database: Database) -> None:
+    _rejected(gateway.url, 300, "flood")
+    wait_until(lambda: _counted(gateway_database, "flood")[1] == 300, "every rejected call is counted", timeout=5)
+    rows, _, responses = _counted(gateway_database, "flood")
+    assert rows == responses < 200
+
+
+def test_database_down(gateway: Gateway, gateway_database: Database, upstream: Upstream, server: Server) -> None:
+    server.stop("immediate")
+    try:
+        clients = Clients(gateway.url, "database-down", upstream)
+        clients.chat()
+        assert clients.response.status_code == 200
+    finally:
+        server.start()
+    wait_until(lambda: _outcomes(gateway_database, "database-down"), "the call is stored")
+    assert _outcomes(gateway_database, "database-down") == [("success", 200, 1)]
+
+
+def test_no_secret_is_stored(
+    gateway: Gateway, gateway_database: Database, gateway_directory: Path, upstream: Upstream
+) -> None:
+    secrets = [MASTER_KEY, PROVIDER_KEY, USER_KEY, OPAQUE_KEY, "sk-never-known", "never-known", "sk-own-one"]
+    for key in secrets[:-1]:
+        clients = Clients(gateway.url, f"secret-{secrets.index(key)}", upstream)
+        with clients.expecting_errors():
+            clients.chat(key=key, extra_body={"api_key": "sk-own-one"})
+    for number in range(len(secrets) - 1):
+        wait_until(lambda number=number: _outcomes(gateway_database, f"secret-{number}"), "the call is stored")  # type: ignore[misc]
+    for table in ("requests", "responses"):
+        rows = "\n".join(row for (row,) in gateway_database.query(f"SELECT t::text FROM {table} t"))
+        assert [secret for secret in secrets if secret in rows] == []
+    files = [file for file in (gateway_directory / "spool").rglob("*") if file.is_file()]
+    assert files
+    content = b"".join(file.read_bytes() for file in files)
+    assert [secret for secret in secrets if secret.encode() in content] == []
+
+
+@pytest.fixture(scope="module")
+def bare_gateway(
+    gateway: Gateway, gateway_deployment: Deployment, gateway_directory: Path, upstream: Upstream
+) -> Iterator[Gateway]:
+    """The same gateway without the request log."""
+    result = Gateway(gateway_directory / "bare", upstream.url, gateway_deployment, with_log=False).launch()
+    try:
+        yield result.wait()
+    finally:
+        result.kill()
+
+
+def _seen(gateway: Gateway, path: str, body: bytes, key: str) -> tuple[int, dict[str, str], str]:
+    """Return status, headers and body of an answer, without what differs from call to call."""
+    headers = {"authorization": f"Bearer {key}", "content-type": "application/json", "x-litellm-call-id": "same"}
+    with httpx.Client(base_url=gateway.url, timeout=30) as client:
+        answer = client.post(path, content=body, headers=headers)
+    changing = re.compile(r"date|x-litellm-(response-duration|overhead-duration|timing|callback-duration).*")
+    return (
+        answer.status_code,
+        {name: value for name, value in answer.headers.items() if not changing.fullmatch(name)},
+        re.sub(r'"created":\s*\d+', '"created":0', answer.text.replace(str(gateway.port), "PORT")),
+    )
+
+
+def test_the_client_sees_no_difference(gateway: Gateway, bare_gateway: Gateway) -> None:
+    for path, body, key in (
+        (_CHAT, b'{"model":"ok","messages":[{"role":"user","content":"x"}]}', USER_KEY),
+        (_CHAT, b'{"model":"ok","stream":true,"messages":[{"role":"user","content":"x"}]}', USER_KEY),
+        (_CHAT, b'{"model":"error-500","messages":[{"role":"user","content":"x"}]}', USER_KEY),
+        (_CHAT, b'{"model":"malformed","stream":true,"messages":[{"role":"user","content":"x"}]}', USER_KEY),
+        (_CHAT, b'{"model":"unknown","messages":[]}', USER_KEY),
+        (_CHAT, b'{"model":"ok","messages":[{"role":"user","content":"x"}]}', "sk-wrong"),
+        (_CHAT, b"{no JSON", USER_KEY),
+        ("/v1/embeddings", b'{"model":"embedding","input":"x"}', USER_KEY),
+        ("/v1/messages", b'{"model":"claude","max_tokens":5,"messages":[{"role":"user","content":"x"}]}', USER_KEY),
+        ("/v1/nowhere", b"{}", USER_KEY),
+    ):
+        with_log, without_log = (_seen(one, path, body, key) for one in (gateway, bare_gateway))
+        assert dict(with_log[1].items() ^ without_log[1].items()) == {}, (path, body)
+        assert with_log == without_log, (path, body)
+
+
+@pytest.mark.timeout(300)
+def test_no_spool_at_boot_then_killed_then_stopped(
+    deployment: Deployment, database: Database, writer: WriterProcess, upstream: Upstream, tmp_path: Path
+) -> None:
+    """One gateway through three faults, because it takes its time to start."""
+    spool = deployment.spool
+    spool.rmdir()
+    gateway = Gateway(tmp_path / "litellm", upstream.url, deployment).launch()
+    try:
+        gateway.wait()
+        without_spool = Clients(gateway.url, "without-spool", upstream)
+        without_spool.chat()
+        assert without_spool.response.status_code == 200
+        assert gateway.state()["dropped"] == 2  # both records of the call
+        assert f"spool directory {spool} does not exist" in gateway.log.read_text()
+
+        spool.mkdir()
+        writer.start()
+        wait_until(lambda: _recorded(gateway, upstream), "the spool is used", interval=0.2)
+        wait_until(lambda: _outcomes(database, "with-spool"), "the call is stored")
+        assert database.query("SELECT 1 FROM requests WHERE call_id = 'without-spool'") == []
+
+        with upstream.holding(), ThreadPoolExecutor(1) as pool:  # F35
+            clients = Clients(gateway.url, "killed", upstream)
+            with clients.expecting_errors():
+                waiting = pool.submit(clients.chat, "held")
+                upstream.wait_for_held()
+                wait_until(
+                    lambda: database.query("SELECT 1 FROM requests WHERE call_id = 'killed'"), "the request is stored"
+                )
+                assert _outcomes(database, "killed") == []
+                gateway.kill()
+                waiting.result(30)
+        wait_until(lambda: _outcomes(database, "killed"), "the call is told to be interrupted")
+        assert _outcomes(database, "killed") == [("interrupted", None, 0)]
+
+        gateway.launch().wait()
+        _rejected(gateway.url, 250, "flood")
+        assert gateway.process is not None
+        gateway.process.send_signal(signal.SIGTERM)
+        gateway.process.wait(40)
+        wait_until(lambda: _counted(database, "flood")[1] == 250, "a stopped gateway has counted every rejected call")
+    finally:
+        gateway.kill()
+
+
+def _recorded(gateway: Gateway, upstream: Upstream) -> bool:
+    """Make a call; return whether it stands in the spool."""
+    before = gateway.state()["dropped"]
+    Clients(gateway.url, "with-spool", upstream).chat()
+    return bool(gateway.state()["dropped"] == before)
