@@ -4,6 +4,7 @@ Usage: demo_calls.py HOST PORT - the container's name, and the port on 127.0.0.1
 """
 
 import json
+import ssl
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from typing import Any
 
 import httpx
 
+CA_FILE = "inventories/local/pki/ca.crt"
 MASTER_KEY_FILE = "/etc/litellm/credentials/LITELLM_MASTER_KEY"
 DEADLINE = 15  # seconds in which the rows must be there
 ROWS = """
@@ -74,7 +76,7 @@ def answer_of(response: httpx.Response) -> str:
 def send(client: httpx.Client, call: Call, call_id: str) -> None:
     """Send `call` under the id `call_id` and print what came back; another status ends the program."""
     response = client.post(call.path, json=call.body, headers={"x-litellm-call-id": call_id})
-    print(f"{call.what:<10} {call.path:<22} {response.status_code}  {answer_of(response)[:70]}")
+    print(f"{call.what:<10} {call.path:<22} {response.status_code}  {' '.join(answer_of(response).split())[:70]}")
     if response.status_code != call.status:
         sys.exit(f"{call.what}: HTTP {response.status_code} instead of {call.status}: {response.text[:500]}")
 
@@ -90,7 +92,10 @@ def main(host: str, port: str) -> None:
     run = f"demo-{uuid.uuid4().hex[:8]}"
     key = in_host(host, "cat", MASTER_KEY_FILE).strip()
     headers = {"Authorization": f"Bearer {key}"}
-    with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=headers, timeout=60, trust_env=False) as client:
+    trust = ssl.create_default_context(cafile=CA_FILE)
+    with httpx.Client(
+        base_url=f"https://127.0.0.1:{port}", headers=headers, verify=trust, timeout=60, trust_env=False
+    ) as client:
         for call in CALLS:
             send(client, call, f"{run}-{call.what}")
     deadline = time.monotonic() + DEADLINE
