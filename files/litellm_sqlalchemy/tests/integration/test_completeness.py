@@ -39,7 +39,7 @@ def rows(database: Database, call_id: str) -> tuple[list[Row], list[Row]]:
 def check(case: Case, gateway: Gateway, database: Database, clients: Clients, began: float) -> None:
     """Compare the rows of a finished call with what the case expects."""
     call_id = clients.told_call_id
-    wait_until(lambda: rows(database, call_id)[1], f"the response of {case.name} is stored")
+    wait_until(lambda: rows(database, call_id)[1], f"the response of {case.name} is stored", timeout=40)
     requests, responses = rows(database, call_id)
     assert (len(requests), len(responses)) == (1, 1)
     request, response = requests[0], responses[0]

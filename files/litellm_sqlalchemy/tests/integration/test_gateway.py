@@ -173,7 +173,7 @@ def _seen(gateway: Gateway, path: str, body: bytes, key: str) -> tuple[int, dict
     headers = {"authorization": f"Bearer {key}", "content-type": "application/json", "x-litellm-call-id": "same"}
     with httpx.Client(base_url=gateway.url, timeout=30) as client:
         answer = client.post(path, content=body, headers=headers)
-    changing = re.compile(r"date|x-litellm-(response-duration|overhead-duration|timing|callback-duration).*")
+    changing = re.compile(r"(llm_provider-)?date|x-litellm-(response-duration|overhead-duration|timing|callback-duration).*")
     return (
         answer.status_code,
         {name: value for name, value in answer.headers.items() if not changing.fullmatch(name)},

@@ -489,7 +489,7 @@ CASES = (
         ),
         {**_RESPONSES_REQUEST, "model": "held", **STREAM_REQUEST},
         {**_RESPONSES, **STREAM, **_GONE, "model": "openai/held", "deployment": "deployment-held",
-         "cost": lambda value, clients: value >= 0},
+         "cost": lambda value, clients: value is not None and value >= 0},
     ),
     Case(
         "disconnect-messages", "client hangs up in mid-stream of messages",

@@ -36,7 +36,7 @@ def gateway_database(server: Server, template: str) -> Iterator[Database]:
 def gateway_deployment(server: Server, gateway_database: Database, gateway_directory: Path) -> Deployment:
     """Settings and spool of the gateway."""
     deployment = Deployment.create(gateway_directory, server, gateway_database.name)
-    deployment.update(content={"event_timeout": 5})
+    deployment.update(content={"event_timeout": 20})
     return deployment
 
 
