@@ -4,11 +4,14 @@ The models are the truth: columns, their order and their types come from them. A
 costs a tenth of what an ORM flush costs, and the result goes through `COPY ... (FORMAT binary)` unchanged.
 """
 
+import functools
 import ipaddress
+import json
+import re
 import struct
 from base64 import b64encode
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import orjson
 from sqlalchemy import (
@@ -36,7 +39,11 @@ _TEXT_OID = 25
 _COPY_HEADER = b"PGCOPY\n\xff\r\n\0" + bytes(8)
 _COPY_TRAILER = b"\xff\xff"
 _NULL = struct.pack(">i", -1)
-_INT2, _INT4, _INT8, _FLOAT8 = (struct.Struct(">" + code).pack for code in "hiqd")
+_INT4 = struct.Struct(">i").pack
+_LENGTHS = [_INT4(size) for size in range(256)]
+#: Bytes that go to the server at once: four TLS records.
+_PIECE_SIZE = 64 * 1024
+_UNFIT = (struct.error, ValueError, TypeError, OverflowError)
 
 Metadata = dict[str, Any]
 
@@ -45,40 +52,56 @@ class RowError(Exception):
     """A frame whose content fits no row, whatever the database says."""
 
 
+def _sized(data: bytes) -> bytes:
+    """Return a field: its length, then itself."""
+    size = len(data)
+    return (_LENGTHS[size] if size < len(_LENGTHS) else _INT4(size)) + data
+
+
+def _number(code: str) -> Callable[[Any], bytes]:
+    packer = struct.Struct(f">i{code}")
+    size = packer.size - 4
+    return lambda value: packer.pack(size, value)
+
+
+def _text(value: str) -> bytes:
+    return _sized(str.encode(value))
+
+
+def _json(value: Any) -> bytes:
+    data = value if isinstance(value, bytes) else orjson.dumps(value)
+    return b"".join((_INT4(len(data) + 1), b"\x01", data))
+
+
 def _array(value: list[str]) -> bytes:
     items = [item.encode() for item in value]
     head = struct.pack(">iiIii", 1 if items else 0, 0, _TEXT_OID, len(items), 1)[: 20 if items else 12]
-    return head + b"".join(_INT4(len(item)) + item for item in items)
+    return _sized(head + b"".join(map(_sized, items)))
 
 
+@functools.lru_cache(maxsize=1024)
 def _inet(value: str) -> bytes:
     address = ipaddress.ip_address(value)
     family, bits = (2, 32) if address.version == 4 else (3, 128)  # PGSQL_AF_INET, PGSQL_AF_INET6
-    return bytes((family, bits, 0, bits // 8)) + address.packed
+    return _sized(bytes((family, bits, 0, bits // 8)) + address.packed)
 
 
-#: How a value of the metadata becomes the binary form of a column, by SQLAlchemy type; the first that fits counts.
+_TIME = _number("q")
+#: How a value of the metadata becomes a field of a binary row, by SQLAlchemy type; the first that fits counts.
 _ENCODERS: tuple[tuple[type[TypeEngine[Any]], Callable[[Any], bytes]], ...] = (
-    (Uuid, bytes.fromhex),
-    (DateTime, lambda value: _INT8(value - _EPOCH_2000)),
-    (JSONB, lambda value: b"\x01" + (value if isinstance(value, bytes) else orjson.dumps(value))),
+    (Uuid, lambda value: _sized(bytes.fromhex(value))),
+    (DateTime, lambda value: _TIME(value - _EPOCH_2000)),
+    (JSONB, _json),
     (ARRAY, _array),
     (INET, _inet),
-    (LargeBinary, bytes.fromhex),
-    (Boolean, lambda value: b"\x01" if value else b"\x00"),
-    (BigInteger, _INT8),
-    (SmallInteger, _INT2),
-    (Integer, _INT4),
-    (Float, _FLOAT8),
-    (Text, str.encode),
+    (LargeBinary, lambda value: _sized(bytes.fromhex(value))),
+    (Boolean, lambda value: b"\0\0\0\1\1" if value else b"\0\0\0\1\0"),
+    (BigInteger, _number("q")),
+    (SmallInteger, _number("h")),
+    (Integer, _number("i")),
+    (Float, _number("d")),
+    (Text, _text),
 )
-
-
-class Rows(NamedTuple):
-    """Encoded rows of a batch, and the frames they were made of."""
-
-    frames: list[Frame]
-    encoded: list[tuple[Kind, bytes]]
 
 
 class TableCopy:
@@ -88,29 +111,60 @@ class TableCopy:
         """Take columns and types from `table`."""
         self.table = table
         self.columns = [column.name for column in table.columns]
-        self._encoders = [(column.name, _encoder(column.type)) for column in table.columns]
-        self._count = _INT2(len(self.columns))
+        self._fields = [(column.name, _encoder(column.type)) for column in table.columns]
+        self._count = struct.pack(">h", len(self.columns))
 
     def row(self, metadata: Metadata) -> bytes:
         """Return one row. Raises RowError for values that no column can hold."""
-        parts = [self._count]
-        name = ""
+        get = metadata.get
         try:
-            for name, encoder in self._encoders:
-                value = metadata.get(name)
-                if value is None:
-                    parts.append(_NULL)
-                else:
-                    data = encoder(value)
-                    parts += (_INT4(len(data)), data)
-        except (struct.error, ValueError, TypeError, OverflowError) as error:
-            raise RowError(f"{self.table.name}.{name}: {error}") from None
-        return b"".join(parts)
+            fields = [_NULL if (value := get(name)) is None else encode(value) for name, encode in self._fields]
+        except _UNFIT:
+            raise RowError(self._misfit(metadata)) from None
+        return self._count + b"".join(fields)
 
-    @staticmethod
-    def stream(rows: Iterable[bytes]) -> bytes:
-        """Return what `COPY FROM STDIN (FORMAT binary)` reads."""
-        return b"".join((_COPY_HEADER, *rows, _COPY_TRAILER))
+    def _misfit(self, metadata: Metadata) -> str:
+        """Return the first column whose value does not fit, and why."""
+        for name, encode in self._fields:
+            try:
+                if metadata.get(name) is not None:
+                    encode(metadata[name])
+            except _UNFIT as error:
+                return f"{self.table.name}.{name}: {error}"
+        raise AssertionError
+
+
+class RowReader:
+    """The file that COPY reads: rows, encoded while the server works on those before.
+
+    A frame that fits no row is left out and stands in `misfits`, with the reason.
+    """
+
+    def __init__(self, frames: list[Frame], *, opaque: bool = False) -> None:
+        """Take frames of one kind; `opaque` as in `encode_row`."""
+        self.misfits: list[tuple[Frame, str]] = []
+        self._frames = frames
+        self._opaque = opaque
+        self._pieces = self._encode()
+
+    def read(self, _size: int) -> bytes:
+        """Return a piece of the stream, of about 64 KB whatever was asked for; nothing at its end."""
+        return next(self._pieces, b"")
+
+    def _encode(self) -> Iterator[bytes]:
+        rows, size = [_COPY_HEADER], 0
+        for frame in self._frames:
+            try:
+                row = encode_row(frame, opaque=self._opaque)
+            except RowError as error:
+                self.misfits.append((frame, str(error)))
+                continue
+            rows.append(row)
+            size += len(row)
+            if size >= _PIECE_SIZE:
+                yield b"".join(rows)
+                rows, size = [], 0
+        yield b"".join((*rows, _COPY_TRAILER))
 
 
 def _encoder(column_type: TypeEngine[Any]) -> Callable[[Any], bytes]:
@@ -118,10 +172,14 @@ def _encoder(column_type: TypeEngine[Any]) -> Callable[[Any], bytes]:
 
 
 TABLES = {Kind.REQUEST: TableCopy(Request.__table__), Kind.RESPONSE: TableCopy(Response.__table__)}  # type: ignore[arg-type]
+#: The id where the callback writes it: first in the metadata.
+_IDENTIFIER = re.compile(rb'\{"(?:request_)?id":"([0-9a-f]{32})"')
 
 
 def identifier(frame: Frame) -> str:
     """Return the id (hexadecimal) of the call that a frame belongs to."""
+    if found := _IDENTIFIER.match(frame.metadata):
+        return found[1].decode()
     metadata = orjson.loads(frame.metadata)
     return str(metadata["id" if frame.kind is Kind.REQUEST else "request_id"])
 
@@ -135,6 +193,8 @@ def encode_row(frame: Frame, *, opaque: bool = False) -> bytes:
         metadata = orjson.loads(frame.metadata)
     except orjson.JSONDecodeError as error:
         raise RowError(f"metadata is not JSON: {error}") from None
+    if not isinstance(metadata, dict):
+        raise RowError("metadata is no JSON object")
     if frame.payload:
         truncated = bool(metadata.get("payload_truncated"))
         metadata["payload_encoding"], metadata["payload"] = encode_payload(frame.payload, truncated, opaque)
@@ -147,14 +207,34 @@ def encode_payload(payload: bytes, truncated: bool = False, opaque: bool = False
         return "truncated", orjson.dumps(payload.decode(errors="replace").replace("\0", "\N{REPLACEMENT CHARACTER}"))
     if not opaque and b"\\u0000" not in payload:
         try:
-            orjson.loads(payload)
+            content = orjson.loads(payload)
         except orjson.JSONDecodeError:
             pass
         else:
-            return "json", payload
+            if not _repeats_a_key(payload, content):
+                return "json", payload
     if not opaque and b"\0" not in payload:
         try:
             return "text", orjson.dumps(payload.decode())
         except UnicodeDecodeError:
             pass
     return "base64", b'"' + b64encode(payload) + b'"'
+
+
+def _repeats_a_key(payload: bytes, content: Any) -> bool:
+    """Return whether an object of a JSON text has a key twice: `jsonb` would keep the last and forget the others."""
+    try:
+        if orjson.dumps(content) == payload:
+            return False
+    except orjson.JSONEncodeError:  # nested too deep for it
+        pass
+
+    def check(pairs: list[tuple[str, Any]]) -> None:
+        if len({key for key, _ in pairs}) != len(pairs):
+            raise ValueError
+
+    try:
+        json.loads(payload, object_pairs_hook=check)
+    except (ValueError, RecursionError):  # or beyond what the standard library reads
+        return True
+    return False

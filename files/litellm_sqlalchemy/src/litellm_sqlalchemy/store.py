@@ -7,7 +7,6 @@ PostgreSQL cannot hold is halved until that row stands alone: its neighbours lan
 """
 
 from dataclasses import dataclass, field
-from io import BytesIO
 from typing import Any, NamedTuple
 
 import psycopg2
@@ -19,7 +18,7 @@ from litellm_sqlalchemy.database import ErrorClass, classify, one_line
 from litellm_sqlalchemy.errors import SettingsError
 from litellm_sqlalchemy.frames import Frame, Kind
 from litellm_sqlalchemy.migrate import current, problem_of
-from litellm_sqlalchemy.records import TABLES, RowError, TableCopy, encode_row
+from litellm_sqlalchemy.records import TABLES, RowReader, TableCopy
 
 _DIALECT = postgresql.dialect()  # type: ignore[no-untyped-call]
 
@@ -53,12 +52,6 @@ class Delivery:
         return Delivery(self.inserted + other.inserted, self.duplicates + other.duplicates, self.dead + other.dead)
 
 
-class _Row(NamedTuple):
-    frame: Frame
-    encoded: bytes
-    opaque: bool
-
-
 class Store:
     """Delivers frames through an engine."""
 
@@ -72,15 +65,8 @@ class Store:
 
         `give_up_on_unknown` treats an error of no known class as the row's fault.
         """
-        rows = []
-        dead = []
         self._schema_checked = False
-        for frame in frames:
-            try:
-                rows.append(_Row(frame, encode_row(frame), False))
-            except RowError as error:
-                dead.append(DeadLetter(frame, str(error)))
-        return Delivery(dead=dead) + self._deliver(rows, give_up_on_unknown)
+        return self._deliver(frames, give_up_on_unknown)
 
     def check_connection(self) -> None:
         """Raise Unavailable when the database cannot be asked."""
@@ -90,26 +76,29 @@ class Store:
         except (DBAPIError, psycopg2.Error, OSError) as error:
             raise Unavailable(classify(error), one_line(error)) from error
 
-    def _deliver(self, rows: list[_Row], give_up_on_unknown: bool, staged: bool = False) -> Delivery:
-        if not rows:
+    def _deliver(
+        self, frames: list[Frame], give_up_on_unknown: bool, *, staged: bool = False, opaque: bool = False
+    ) -> Delivery:
+        if not frames:
             return Delivery()
         try:
-            inserted = self._transaction(rows, staged)
+            return self._transaction(frames, staged, opaque)
         except SettingsError as error:  # the credential file is gone or being replaced
             raise Unavailable(ErrorClass.CREDENTIAL, str(error)) from error
         except (DBAPIError, psycopg2.Error, OSError, OverflowError) as error:
             cause = classify(error)
             if cause is ErrorClass.DUPLICATE and not staged:
-                return self._deliver(rows, give_up_on_unknown, staged=True)
+                return self._deliver(frames, give_up_on_unknown, staged=True, opaque=opaque)
             if cause is not ErrorClass.POISON and not (cause is ErrorClass.UNKNOWN and give_up_on_unknown):
                 raise Unavailable(cause, one_line(error)) from error
-            if len(rows) == 1:
+            if len(frames) == 1:
                 self._check_schema()
-                return self._last_resort(rows[0], one_line(error), give_up_on_unknown)
-            half = len(rows) // 2
-            first = self._deliver(rows[:half], give_up_on_unknown, staged)
-            return first + self._deliver(rows[half:], give_up_on_unknown, staged)
-        return Delivery(inserted=inserted, duplicates=len(rows) - inserted)
+                if opaque or not frames[0].payload:
+                    return Delivery(dead=[DeadLetter(frames[0], one_line(error))])
+                return self._deliver(frames, give_up_on_unknown, opaque=True)  # maybe the payload alone is refused
+            half = len(frames) // 2
+            first = self._deliver(frames[:half], give_up_on_unknown, staged=staged)
+            return first + self._deliver(frames[half:], give_up_on_unknown, staged=staged)
 
     def _check_schema(self) -> None:
         """Raise Unavailable where it is the tables that do not fit, which is no fault of any row."""
@@ -124,33 +113,29 @@ class Store:
             raise Unavailable(ErrorClass.SCHEMA, problem)
         self._schema_checked = True
 
-    def _last_resort(self, row: _Row, reason: str, give_up_on_unknown: bool) -> Delivery:
-        """Store the payload as Base64 where it was the payload that PostgreSQL refused."""
-        if row.opaque or not row.frame.payload:
-            return Delivery(dead=[DeadLetter(row.frame, reason)])
-        return self._deliver([_Row(row.frame, encode_row(row.frame, opaque=True), True)], give_up_on_unknown)
-
-    def _transaction(self, rows: list[_Row], staged: bool) -> int:
-        """Insert the rows in one transaction; return how many were new."""
-        inserted = 0
+    def _transaction(self, frames: list[Frame], staged: bool, opaque: bool) -> Delivery:
+        """Insert the rows of the frames in one transaction."""
+        result = Delivery()
         with self.engine.begin() as connection:
             cursor = connection.connection.cursor()
             for kind in Kind:  # requests before the responses that refer to them
-                encoded = [row.encoded for row in rows if row.frame.kind is kind]
-                if encoded:
-                    inserted += (_insert_staged if staged else _copy)(cursor, TABLES[kind], encoded)
-        return inserted
+                of_kind = [frame for frame in frames if frame.kind is kind]
+                if not of_kind:
+                    continue
+                reader = RowReader(of_kind, opaque=opaque)
+                inserted = (_insert_staged if staged else _copy)(cursor, TABLES[kind], reader)
+                dead = [DeadLetter(*misfit) for misfit in reader.misfits]
+                result += Delivery(inserted, len(of_kind) - len(dead) - inserted, dead)
+        return result
 
 
-def _copy(cursor: Any, table: TableCopy, rows: list[bytes], into: str = "") -> int:
+def _copy(cursor: Any, table: TableCopy, rows: RowReader, into: str = "") -> int:
     columns = ", ".join(table.columns)
-    cursor.copy_expert(
-        f"COPY {into or table.table.name} ({columns}) FROM STDIN (FORMAT binary)", BytesIO(table.stream(rows))
-    )
-    return len(rows)
+    cursor.copy_expert(f"COPY {into or table.table.name} ({columns}) FROM STDIN (FORMAT binary)", rows)
+    return int(cursor.rowcount)
 
 
-def _insert_staged(cursor: Any, table: TableCopy, rows: list[bytes]) -> int:
+def _insert_staged(cursor: Any, table: TableCopy, rows: RowReader) -> int:
     types = ", ".join(f"{column.name} {column.type.compile(_DIALECT)}" for column in table.table.columns)
     columns = ", ".join(table.columns)
     cursor.execute(f"CREATE TEMPORARY TABLE staged_{table.table.name} ({types}) ON COMMIT DROP")
