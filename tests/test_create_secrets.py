@@ -44,8 +44,8 @@ def test_creates_once_and_shows_no_value(inventory):
     assert first.returncode == 0, first.stdout + first.stderr
     values = view(inventory)
     assert values.pop("vault_litellm_provider_keys") == {}
-    assert len(values) == 6
-    assert len(set(values.values())) == 6
+    assert len(values) == 9
+    assert len(set(values.values())) == 9
     assert values["vault_litellm_master_key"].startswith("sk-")
     for value in values.values():
         assert len(value) >= 32
