@@ -20,7 +20,7 @@ _PREPARE = (
     "written_at timestamptz NOT NULL DEFAULT clock_timestamp(), name text)",
     "CREATE TABLE IF NOT EXISTS backup.restore_drills (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, "
     "started_at timestamptz NOT NULL, kind text NOT NULL, ok boolean NOT NULL, backup text, message text NOT NULL, "
-    "recovered_to timestamptz, recovery_seconds double precision, total_seconds double precision, details jsonb NOT NULL)",
+    "recovered_to timestamptz, recovery_seconds float8, total_seconds float8, details jsonb NOT NULL)",
 )
 _POINT_NAME = re.compile(r"^[A-Za-z0-9_.-]{1,63}$")
 

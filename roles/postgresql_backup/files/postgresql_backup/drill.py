@@ -55,7 +55,7 @@ def load_report(settings: Settings, kind: str) -> Report | None:
 
 
 def run_drill(settings: Settings, kind: str, identity: str = "") -> Report:
-    """Restore the newest backup of a kind, look at it, leave a report; `identity` decrypts in the place of the own key."""
+    """Restore the newest backup of a kind, look at it, leave a report; `identity` replaces the dump's own key."""
     report = Report(kind, utc(time.time()).isoformat())
     began = time.monotonic()
     with lock(Path(settings.drill) / ".lock", wait=True):  # the other kind has its turn first
@@ -148,8 +148,8 @@ def _drill_base(settings: Settings, spare: Spare, report: Report) -> None:
     report.recovered_to = last[1].isoformat() if last[1] else None
     if (last[0] or 0) < marker["id"]:
         raise DamagedError(
-            f"archived WAL is missing: marker {marker['id']} of {marker['written_at'][:19]} did not come back, the last "
-            f"one is {last[0]} of {str(last[1])[:19]}; {spare.last_words()}"
+            f"archived WAL is missing: marker {marker['id']} of {marker['written_at'][:19]} did not come back, the "
+            f"last one is {last[0]} of {str(last[1])[:19]}; {spare.last_words()}"
         )
     spare.check_structure()
     report.details |= {"marker": marker["id"], "size": backup.size, "restored_size": spare.size}
@@ -181,7 +181,7 @@ def own_identity(settings: Settings, manifest: Manifest) -> str:
     except OSError:
         raise SettingsError(
             f"the drill's key of dump {manifest.name} went with the last start of this host: "
-            "systemctl start postgresql-backup-dump.service, or use playbooks/run-restore-drill.yml with the recovery key"
+            "systemctl start postgresql-backup-dump.service, or playbooks/run-restore-drill.yml"
         ) from None
 
 

@@ -101,7 +101,7 @@ class Restored:
         free = shutil.disk_usage(self.data.parent).free
         if free < size * 1.1:
             raise RefusedError(
-                f"{self.data.parent} has {megabytes(free)} free, and {megabytes(size * 1.1)} are needed: nothing was begun"
+                f"{self.data.parent} has {megabytes(free)} free, {megabytes(size * 1.1)} are needed: nothing was begun"
             )
 
     def create(self) -> None:
@@ -156,7 +156,7 @@ class Restored:
 
 
 def restore_base(settings: Settings, target: Target, repository: int, port: int) -> str:
-    """Recover base backup and WAL up to the target; return the summary. Raises BackupError, and leaves no half cluster."""
+    """Recover up to the target; return the summary. Raises BackupError, and leaves no half cluster then."""
     cluster = Restored(settings, port)
     with lock(Path(settings.run) / "restore.lock"):
         cluster.refuse_existing()
@@ -183,7 +183,8 @@ def restore_base(settings: Settings, target: Target, repository: int, port: int)
 
 def _pgbackrest_restore(settings: Settings, cluster: Restored, options: list[str]) -> None:
     """Run the restore as postgres and pass its percentage on."""
-    command = ["runuser", "-u", "postgres", "--", "pgbackrest", f"--stanza={settings.stanza}", f"--pg1-path={cluster.data}",
+    command = ["runuser", "-u", "postgres", "--", "pgbackrest", f"--stanza={settings.stanza}",
+               f"--pg1-path={cluster.data}",
                "--archive-mode=off", "--log-level-console=detail", *options, "restore"]  # fmt: skip
     lines: list[str] = []
     said = time.monotonic()
@@ -234,7 +235,7 @@ def restore_dump(settings: Settings, name: str, identity: str, port: int) -> str
         cluster.say("done", 100.0)
     taken = next(iter(manifest.databases.values()))["snapshot_at"]
     return (
-        f"Dump {manifest.name} is restored into the cluster {settings.version}/{RESTORED} (port {port}, socket only) in "
+        f"Dump {manifest.name} is restored into {settings.version}/{RESTORED} (port {port}, socket only) in "
         f"{seconds:.0f} s: {manifest.rows} rows as of {taken[:19]} UTC.\nMissing: everything committed after that.\n"
         + _next_steps(settings, port)
     )
@@ -249,7 +250,7 @@ def _summary(settings: Settings, cluster: Restored, words: str, seconds: float) 
         else "no WAL was needed after the backup"
     )
     return (
-        f"The cluster is recovered up to {words} into {settings.version}/{RESTORED} (port {cluster.port}, socket only) in "
+        f"Recovered up to {words} into {settings.version}/{RESTORED} (port {cluster.port}, socket only) in "
         f"{seconds:.0f} s: {until}.\nMissing: everything committed after that.\n" + _next_steps(settings, cluster.port)
     )
 
@@ -287,8 +288,8 @@ def promote(settings: Settings, port: int) -> str:
         run(["systemctl", "start", live_unit])
         _adopt(settings, int(identifier))
     return (
-        f"The restored cluster is {settings.version}/{settings.cluster} now, and archives again. The data directory that it "
-        f"replaced is {old}: remove it when nothing of it is needed any more.\nNext: run site.yml (it puts the present "
+        f"The restored cluster is {settings.version}/{settings.cluster} now, and archives again. The data directory that "
+        f"it replaced is {old}: remove it when nothing of it is needed any more.\nNext: run site.yml (it puts the present "
         "credentials in force), replay the gateways' spools (litellm-sqlalchemy replay --since TIME) and start "
         "postgresql-backup-base@full.service."
     )

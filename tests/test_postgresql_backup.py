@@ -1,0 +1,246 @@
+"""The command postgresql-backup: what it keeps, what it refuses, what it says. What it does: molecule/backup."""
+
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+
+import postgresql_backup_filters
+import pytest
+import vault_secrets
+from postgresql_backup import base, cli, dumps, restore, status, tools
+from postgresql_backup.database import differences
+from postgresql_backup.dumps import Manifest
+from postgresql_backup.errors import BackupError, DamagedError, ExitCode, LockedError, RefusedError, SettingsError
+from postgresql_backup.settings import Settings, load_settings
+
+START = datetime(2026, 1, 1, tzinfo=UTC)
+RETENTION = {"hourly": 24, "daily": 7, "weekly": 5, "monthly": 12}
+TABLES = {"public.requests": {"rows": 2, "digest": "ab"}}
+LIMITS = {"dump": 7200, "base_backup": 1, "archive": 1, "drill": 1, "offsite": 1}
+
+
+def names(hours):
+    return [dumps.name_of(START + timedelta(hours=hour)) for hour in hours]
+
+
+def store(directory, name, content=b"encrypted"):
+    """Write a dump as dump.take leaves it."""
+    folder = directory / name
+    folder.mkdir(parents=True)
+    (folder / "litellm.dump.age").write_bytes(content)
+    file = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    moment = datetime.strptime(name, "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC).isoformat()
+    databases = {"litellm": {"tables": TABLES}}
+    manifest = Manifest(name, moment, moment, "17.12", "17.12", "1", databases, {"litellm.dump.age": file})
+    dumps.save(folder, manifest)
+    return manifest
+
+
+def test_retention_keeps_the_newest_of_each_period():
+    kept = dumps.kept(names(range(24 * 100)), RETENTION)
+    assert len([name for name in kept if name >= dumps.name_of(START + timedelta(days=99))]) == 24
+    assert names([24 * 100 - 1])[0] in kept
+    assert 24 + 6 + 3 + 2 <= len(kept) <= 24 + 7 + 5 + 4
+
+
+def test_retention_is_stable_and_never_empty():
+    generator = random.Random(1)
+    for _ in range(50):
+        found = names(generator.sample(range(5000), generator.randint(1, 60)))
+        rules = {rule: generator.randint(0, 3) for rule in RETENTION}
+        kept = dumps.kept(found, rules)
+        assert max(found) in kept
+        assert kept <= set(found)
+        assert dumps.kept(kept, rules) == kept
+
+
+def test_a_clock_that_jumped_ahead_removes_nothing_else():
+    usual = names(range(10))
+    jumped = dumps.name_of(START + timedelta(days=4000))
+    assert set(usual) - dumps.kept([*usual, jumped], {"hourly": 24}) == set()
+
+
+def test_an_unknown_rule_is_refused():
+    with pytest.raises(RefusedError, match="yearly"):
+        dumps.kept(names([1]), {"yearly": 1})
+
+
+def test_a_damaged_newest_dump_does_not_drive_out_the_last_good_one(tmp_path):
+    good, damaged = names([1, 2])
+    store(tmp_path, good)
+    store(tmp_path, damaged)
+    (tmp_path / damaged / "litellm.dump.age").write_bytes(b"")
+    assert dumps.prune(tmp_path, {"hourly": 1}) == []
+    assert dumps.names(tmp_path) == [good, damaged]
+
+
+def test_prune_removes_what_no_rule_keeps(tmp_path):
+    first, second = names([1, 2])
+    store(tmp_path, first)
+    store(tmp_path, second)
+    assert dumps.prune(tmp_path, {"hourly": 1}) == [first]
+    assert dumps.names(tmp_path) == [second]
+
+
+@pytest.mark.parametrize(("content", "word"), [(b"", "empty"), (b"encrypt", "truncated"), (b"encryptee", "changed")])
+def test_a_file_that_is_not_as_the_manifest_says_is_named(tmp_path, content, word):
+    manifest = store(tmp_path, names([1])[0])
+    folder = tmp_path / manifest.name
+    dumps.check_files(folder, manifest)
+    (folder / "litellm.dump.age").write_bytes(content)
+    with pytest.raises(DamagedError, match=rf"litellm\.dump\.age (is|was) {word}"):
+        dumps.check_files(folder, manifest)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"name": "other"}'])
+def test_a_damaged_manifest_is_an_error_of_its_own(tmp_path, content):
+    manifest = store(tmp_path, names([1])[0])
+    (tmp_path / manifest.name / "manifest.json").write_text(content)
+    with pytest.raises(DamagedError, match=manifest.name):
+        dumps.load(tmp_path / manifest.name)
+
+
+def test_interrupted_dumps_are_no_dumps_and_are_removed(tmp_path):
+    (tmp_path / f"{dumps.PARTIAL}{names([1])[0]}").mkdir()
+    assert dumps.names(tmp_path) == []
+    assert len(dumps.remove_partial(tmp_path)) == 1
+    with pytest.raises(DamagedError, match="there is no dump"):
+        dumps.newest(tmp_path)
+
+
+def test_every_kind_of_difference_is_said():
+    assert differences(TABLES, TABLES) == []
+    changed = {"public.requests": {"rows": 2, "digest": "cd"}}
+    assert "another content" in differences(TABLES, changed)[0]
+    fewer = {"public.requests": {"rows": 1, "digest": "ab"}}
+    assert "1 rows instead of 2" in differences(TABLES, fewer)[0]
+    assert "is missing" in differences(TABLES, {})[0]
+    assert "should not be there" in differences({}, TABLES)[0]
+
+
+def backup(number):
+    moment = START + timedelta(hours=number)
+    return base.BaseBackup(f"label{number}", "full", 1, moment, moment, 10, 5, False)
+
+
+@pytest.mark.parametrize(
+    ("target", "reason"),
+    [
+        (restore.Target(time="yesterday"), "no time"),
+        (restore.Target(time="2026-01-01T02:00:00"), "no time zone"),
+        (restore.Target(time="2030-01-01T00:00:00+00:00"), "in the future"),
+        (restore.Target(time="2025-01-01T00:00:00+00:00"), "before the end of the first base backup"),
+        (restore.Target(lsn="zero"), "no LSN"),
+        (restore.Target(lsn="0/1", name="point"), "one of"),
+    ],
+)
+def test_a_target_that_cannot_be_reached_is_refused_before_anything_is_done(target, reason):
+    with pytest.raises(RefusedError, match=reason):
+        target.options([backup(1), backup(5)], START + timedelta(days=2))
+
+
+def test_a_time_takes_the_last_backup_before_it():
+    found = [backup(1), backup(5), backup(9)]
+    options, _words = restore.Target(time="2026-01-01T07:00:00+01:00").options(found, START + timedelta(days=2))
+    assert "--set=label5" in options
+    with pytest.raises(RefusedError, match="no base backup"):
+        restore.Target().options([], START)
+
+
+def test_settings_name_what_is_wrong(tmp_path):
+    file = tmp_path / "settings.json"
+    with pytest.raises(SettingsError, match="cannot be read"):
+        load_settings(file)
+    for content, word in (("{", "not JSON"), ('{"x": 1}', "unknown key x"), ("{}", "missing")):
+        file.write_text(content)
+        with pytest.raises(SettingsError, match=word):
+            load_settings(file)
+
+
+def test_a_lock_names_its_holder(tmp_path):
+    with tools.lock(tmp_path / "lock"), pytest.raises(LockedError, match=f"process {os.getpid()} since 0 s"):
+        with tools.lock(tmp_path / "lock"):
+            pass
+    with tools.lock(tmp_path / "lock"):
+        pass
+
+
+def test_status_says_how_old_and_metrics_say_the_same(tmp_path):
+    manifest = store(tmp_path, names([1])[0])
+    settings = Settings(["litellm"], ["age1"], RETENTION, dumps=str(tmp_path), repositories=[], limits=LIMITS)
+    for hours, ok in ((1.5, True), (4, False), (-1, False)):
+        checks = status.Status(settings, manifest.moment.timestamp() + hours * 3600)
+        found = {"dump.newest": None}
+        try:
+            found["dump.newest"] = checks._dump()
+        except BackupError as error:
+            assert not ok, error
+        assert bool(found["dump.newest"]) is ok
+        text = status.exposition(checks.metrics)
+        stamp = round(manifest.moment.timestamp())
+        assert f'postgresql_backup_last_success_timestamp_seconds{{kind="dump"}} {stamp}' in text
+
+
+def test_exit_codes_are_in_the_help_and_in_the_readme(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for code in ExitCode:
+        assert f"{code.value} {code.name.lower()}" in text
+    kinds = {error.exit_code for error in BackupError.__subclasses__()}
+    assert kinds == set(ExitCode) - {ExitCode.OK, ExitCode.FAILED, ExitCode.USAGE}
+
+
+def test_a_wrong_verb_is_a_usage_error():
+    with pytest.raises(SystemExit) as ending:
+        cli.main(["nothing"])
+    assert ending.value.code == ExitCode.USAGE
+
+
+def test_durations_are_said_in_two_units():
+    assert [tools.duration(seconds) for seconds in (0, 59, 60, 3660, 90000)] == [
+        "0 s",
+        "59 s",
+        "1 min",
+        "1 h 1 min",
+        "1 d 1 h",
+    ]
+
+
+def test_the_last_words_are_the_telling_ones():
+    assert tools.last_words(b"noise\npg_dump: error: no\nend\n", None, 1) == "pg_dump: error: no"
+    assert tools.last_words(b"", b"", 3) == "exit status 3"
+    with pytest.raises(BackupError, match="false failed"):
+        tools.run(["false"])
+
+
+def test_files_appear_whole(tmp_path):
+    tools.write_json(tmp_path / "file.json", {"a": 1})
+    assert json.loads((tmp_path / "file.json").read_text()) == {"a": 1}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file.json"]
+
+
+def test_a_generated_identity_has_the_public_half_that_age_computes():
+    # From age's own documentation: age-keygen.
+    identity = "AGE-SECRET-KEY-1GFPYYSJZGFPYYSJZGFPYYSJZGFPYYSJZGFPYYSJZGFPYYSJZGFPQ4EGAEX"
+    assert (
+        postgresql_backup_filters.recipient(identity)
+        == "age1zvkyg2lqzraa2lnjvqej32nkuu0ues2s82hzrye869xeexvn73equnujwj"
+    )
+    made = vault_secrets.age_identity()
+    assert made.startswith("AGE-SECRET-KEY-1")
+    assert len(postgresql_backup_filters.recipient(made)) == 62
+    with pytest.raises(Exception, match="no age identity") as refusal:
+        postgresql_backup_filters.recipient(made[:-1] + ("Q" if made[-1] != "Q" else "P"))
+    assert made[20:30] not in str(refusal.value)
+
+
+def test_the_module_is_typed_strictly():
+    command = [sys.executable, "-m", "mypy", "--strict", "-p", "postgresql_backup"]
+    environment = {**os.environ, "MYPYPATH": "roles/postgresql_backup/files"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tools.Path(__file__).parents[1])
+    assert done.returncode == 0, done.stdout
