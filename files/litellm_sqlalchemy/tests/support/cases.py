@@ -64,6 +64,11 @@ def some(value: Any, clients: Clients) -> bool:
     return value is not None and value > 0
 
 
+def anything(value: Any, clients: Clients) -> bool:
+    """Not decided by the log."""
+    return True
+
+
 def holds(part: str) -> Rule:
     """The text has this part."""
     return lambda value, clients: isinstance(value, str) and part in value
@@ -183,6 +188,11 @@ _PASS_REQUEST = {"endpoint": "/pass", "call_type": "pass_through_endpoint", "mod
 _MESSAGES_REQUEST = {"endpoint": "/v1/messages", "call_type": "anthropic_messages"}
 _RESPONSES_REQUEST = {"endpoint": "/v1/responses", "call_type": "aresponses"}
 _GONE = {"status": "client_disconnected", "payload_size": some}
+#: What only LiteLLM's event tells, which does not come for every stream of responses that a client leaves.
+_TOLD_BY_LITELLM = (
+    "model", "provider", "deployment", "api_base", "provider_response_id", "finish_reason", "cache_hit",
+    "prompt_tokens", "completion_tokens", "total_tokens", "cached_tokens", "reasoning_tokens", "cost",
+)  # fmt: skip
 #: LiteLLM counts what it has sent so far.
 _GONE_IN_STREAM = {**STREAM, **_GONE, "error_type": "ClientDisconnected", "error_code": "499",
                    "error_message": holds("disconnected"), "prompt_tokens": some, "completion_tokens": some,
@@ -483,13 +493,13 @@ CASES = (
         {**_GONE_IN_STREAM, "model": "openai/held", "deployment": "deployment-held"},
     ),
     Case(
-        "disconnect-responses", "client hangs up in mid-stream of responses (LiteLLM reads on)",
+        "disconnect-responses", "client hangs up in mid-stream of responses (LiteLLM does not always tell its outcome)",
         lambda c: c.hang_up(
             "/v1/responses", {"model": "held", "stream": True, "input": "x"}, after=b"added", reads_on=True
         ),
         {**_RESPONSES_REQUEST, "model": "held", **STREAM_REQUEST},
-        {**_RESPONSES, **STREAM, **_GONE, "model": "openai/held", "deployment": "deployment-held",
-         "cost": lambda value, clients: value is not None and value >= 0},
+        {**STREAM, **_GONE, **dict.fromkeys(_TOLD_BY_LITELLM, anything), "payload_encoding": anything,
+         "payload": lambda value, clients: "resp_" in json.dumps(value)},
     ),
     Case(
         "disconnect-messages", "client hangs up in mid-stream of messages",
@@ -529,6 +539,10 @@ def differences(expected: Json, row: Mapping[str, Any], clients: Clients) -> lis
     return result
 
 
+def _shown(encoding: Any) -> str:
+    return "json or text" if callable(encoding) else encoding or ""
+
+
 def table() -> str:
     """Return the cases as a Markdown table."""
     lines = [
@@ -540,6 +554,6 @@ def table() -> str:
         lines.append(
             f"| {case.what} | {response['status_code']} | {response['status']} | {response.get('error_type') or ''} "
             f"| {response['attempt_count']} | {request['payload_encoding'] or ''} "
-            f"| {response['payload_encoding'] or ''} |"
+            f"| {_shown(response['payload_encoding'])} |"
         )
     return "\n".join(lines)
