@@ -7,6 +7,7 @@ this runs in the controller's process, where Ansible already holds the vault pas
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import string
 import tempfile
@@ -108,6 +109,27 @@ def add_missing(text: str, kinds: Mapping[str, str], path: str) -> tuple[str, li
     return text + "".join(f"{name}: {KINDS[kinds[name]]()}\n" for name in missing), missing
 
 
+def replace_values(text: str, kinds: Mapping[str, str], path: str) -> str:
+    """Return `text` with a new value for each name of `kinds`; only the lines of these names change."""
+    before = parse(text, path)
+    for name, kind in kinds.items():
+        if not isinstance(before.get(name), str):
+            raise AnsibleActionFail(
+                f"{path} does not set {name} to a text, so it cannot be rotated there. "
+                "Rotate a value that is set elsewhere by changing it there and running site.yml."
+            )
+        pattern = rf"(?m)^{re.escape(name)}:[ \t]*(\"[^\"\\\n]*\"|'[^'\n]*'|[^\s|>&*!{{\[\"'][^\n]*)$"
+        text, count = re.subn(pattern, f"{name}: {KINDS[kind]()}", text)
+        if count != 1:
+            raise AnsibleActionFail(
+                f"{path} does not have {name} on one line of its own. Write it as `{name}: value` (ansible-vault edit)."
+            )
+    after = parse(text, path)
+    if {name for name in after if after[name] != before.get(name)} != set(kinds) or before.keys() != after.keys():
+        raise AnsibleActionFail(f"{path} could not be changed line by line; nothing was written.")
+    return text
+
+
 class _Loader(yaml.SafeLoader):
     """YAML as inventories have it: `!vault` and `!unsafe` values are kept as the text they are."""
 
@@ -146,15 +168,18 @@ def default_directory(sources: list[str]) -> str:
 
 
 class ActionModule(ActionBase):
-    """Options: `secrets` (dict of variable name -> kind, see KINDS), `directory` ('' = the inventory's)."""
+    """Options: `secrets` (dict of variable name -> kind, see KINDS), `directory` ('' = the inventory's).
+
+    `rotate` lists names of `secrets` that get a new value though they have one.
+    """
 
     TRANSFERS_FILES = False
     _supports_check_mode = True
     _requires_connection = False
-    _VALID_ARGS = frozenset(("secrets", "directory"))
+    _VALID_ARGS = frozenset(("secrets", "directory", "rotate"))
 
     def run(self, tmp: str | None = None, task_vars: dict | None = None) -> dict:
-        """Return `path` and `created` (names, never values)."""
+        """Return `path`, `created` and `rotated` (names, never values)."""
         result = super().run(tmp, task_vars)
         variables = task_vars or {}
         kinds = dict(self._task.args["secrets"])
@@ -176,11 +201,14 @@ class ActionModule(ActionBase):
             in_file = parse(text, path)
             kinds = {name: kind for name, kind in kinds.items() if name in in_file or name not in variables}
         text, created = add_missing(text, kinds, path)
-        if created and not self._task.check_mode:
+        rotate = {name: self._task.args["secrets"][name] for name in self._task.args.get("rotate") or []}
+        rotate = {name: kind for name, kind in rotate.items() if name not in created}
+        text = replace_values(text, rotate, path)
+        if (created or rotate) and not self._task.check_mode:
             chosen, secret = match_encrypt_secret(vault.secrets, vault_id or constants.DEFAULT_VAULT_ENCRYPT_IDENTITY)
             keep_id = vault_id or (chosen if chosen != constants.DEFAULT_VAULT_IDENTITY else None)
             write_encrypted(path, text, vault, secret, keep_id)
-        result.update(changed=bool(created), path=path, created=created)
+        result.update(changed=bool(created or rotate), path=path, created=created, rotated=list(rotate))
         return result
 
     def _vault_secrets(self) -> list[tuple[str, VaultSecret]]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import ssl
 import subprocess
 import time
 import uuid
@@ -82,10 +83,13 @@ def ca_file() -> Path:
 
 
 @pytest.fixture(scope="session")
-def gateway(address: str, secrets: dict[str, Any]) -> Iterator[httpx.Client]:
-    """A client of the first gateway instance that holds the master key."""
+def gateway(address: str, secrets: dict[str, Any], ca_file: Path) -> Iterator[httpx.Client]:
+    """A client of the gateway, through HAProxy, that holds the master key."""
     headers = {"Authorization": f"Bearer {secrets['vault_litellm_master_key']}"}
-    with httpx.Client(base_url=f"http://{address}:4000", headers=headers, timeout=60, trust_env=False) as client:
+    trust = ssl.create_default_context(cafile=str(ca_file))
+    with httpx.Client(
+        base_url=f"https://{address}", headers=headers, verify=trust, timeout=60, trust_env=False
+    ) as client:
         yield client
 
 

@@ -15,6 +15,7 @@ from conftest import EPHEMERAL, PROJECT, Chat, Psql, Run, StoredCall
 from testinfra.host import Host
 
 UNITS = ("litellm@1", "litellm@2", "litellm-log-writer")
+GATEWAYS = ("127.0.0.1:4000", "127.0.0.1:4001")
 # Where secrets are kept: the credentials that systemd hands to units, readable by root alone.
 SECRET_FILES = {
     "/etc/litellm/credentials/LITELLM_MASTER_KEY",
@@ -62,7 +63,7 @@ def test_the_system_runs(host: Host) -> None:
 
 def test_exactly_these_sockets_listen(host: Host, address: str) -> None:
     listening = {tuple(line.split()[i] for i in (0, 4)) for line in host.check_output("ss -Hltun").splitlines()}
-    addresses = ("127.0.0.1:5432", f"{address}:5432", f"{address}:4000", f"{address}:4001", "127.0.0.1:9465")
+    addresses = (f"{address}:443", "127.0.0.1:5432", f"{address}:5432", *GATEWAYS, "127.0.0.1:9465")
     assert listening == {("tcp", name) for name in addresses}
 
 
@@ -113,13 +114,11 @@ def test_a_failure_is_stored_with_its_error(chat: Chat, stored_call: StoredCall)
     assert "InternalServerError" in response["error_message"] + response["error_type"]
 
 
-def test_a_wrong_key_is_refused_and_stored(address: str, stored_call: StoredCall) -> None:
-    answer = httpx.post(
-        f"http://{address}:4000/v1/chat/completions",
+def test_a_wrong_key_is_refused_and_stored(gateway: httpx.Client, stored_call: StoredCall) -> None:
+    answer = gateway.post(
+        "/v1/chat/completions",
         json={"model": "demo", "messages": [{"role": "user", "content": "Let me in"}]},
         headers={"Authorization": "Bearer sk-wrong"},
-        timeout=60,
-        trust_env=False,
     )
     assert answer.status_code in (400, 401)
 

@@ -6,6 +6,7 @@ The credentials are put into the environment of the running program only: /proc/
 hold them. systemd is told that the unit is ready when LiteLLM's readiness check answers.
 """
 
+import hmac
 import http.client
 import os
 import socket
@@ -13,6 +14,44 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
+
+PREVIOUS_KEYS = "LITELLM_MASTER_KEY_PREVIOUS"
+HOOKS = "LITELLM_WORKER_STARTUP_HOOKS"
+
+
+class PreviousKeys:
+    """An ASGI application around LiteLLM's that accepts master keys which were replaced, each until its end.
+
+    LiteLLM knows one master key: a header that holds a previous one goes on with the present one in its place.
+    """
+
+    def __init__(self, app: Any, keys: list[tuple[float, bytes]], present: bytes) -> None:
+        self.app, self.keys, self.present = app, keys, present
+
+    def translated(self, value: bytes) -> bytes:
+        scheme, space, key = value.rpartition(b" ")
+        now = time.time()
+        for end, previous in self.keys:
+            if now < end and hmac.compare_digest(key, previous):
+                return scheme + space + self.present
+        return value
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if "headers" in scope:
+            scope = scope | {"headers": [(name, self.translated(value)) for name, value in scope["headers"]]}
+        await self.app(scope, receive, send)
+
+
+def accept_previous_keys() -> None:
+    """Stand around LiteLLM's application; LiteLLM calls this hook at its start, when its middleware is built."""
+    from litellm.proxy.proxy_server import app
+
+    file = Path(os.environ["CREDENTIALS_DIRECTORY"]) / PREVIOUS_KEYS
+    lines = [line.split(" ", 1) for line in file.read_text().splitlines() if " " in line] if file.exists() else []
+    keys = [(float(end), key.encode()) for end, key in lines]
+    if keys:
+        app.middleware_stack = PreviousKeys(app.middleware_stack, keys, os.environ["LITELLM_MASTER_KEY"].encode())
 
 
 def leave_link() -> None:
@@ -27,7 +66,7 @@ def load_credentials() -> Path:
     """Put each credential into the environment under its name."""
     directory = Path(os.environ["CREDENTIALS_DIRECTORY"])
     for file in directory.iterdir():
-        if file.name.isidentifier():
+        if file.name.isidentifier() and file.name != PREVIOUS_KEYS:
             os.environ[file.name] = file.read_text().strip()
     return directory
 
@@ -62,6 +101,7 @@ def main() -> None:
         if notify_socket := os.environ.pop("NOTIFY_SOCKET", None):
             threading.Thread(target=report_readiness, args=(host, port, notify_socket), daemon=True).start()
 
+    os.environ[HOOKS] = ",".join(filter(None, (f"{__name__}:accept_previous_keys", os.environ.get(HOOKS))))
     from litellm import run_server
 
     sys.argv = ["litellm", *arguments]

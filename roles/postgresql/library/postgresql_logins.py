@@ -54,6 +54,10 @@ salts:
   description: Iterations and salt of the stored verifiers by login, in the form SCRAM-SHA-256$<iterations>:<salt>.
   type: dict
   returned: always
+pending:
+  description: Pairs of which both logins are enabled, so that a rotation is unfinished.
+  type: list
+  returned: always
 retired:
   description: Logins that were disabled.
   type: list
@@ -126,12 +130,19 @@ def main() -> None:
         connection = connect(module.params["port"])
     except UnreachableError as unreachable:
         if module.check_mode:
-            module.exit_json(changed=False, active={}, salts={}, retired=[], msg=f"Not there yet: {unreachable}")
+            module.exit_json(
+                changed=False, active={}, salts={}, pending=[], retired=[], msg=f"Not there yet: {unreachable}"
+            )
         module.fail_json(msg=f"PostgreSQL cannot be asked about its logins: {unreachable}.")
     logins = rows(connection, LOGINS)
     active = active_by_pair(logins)
     old = [name for name, _salt, can_login, _comment in logins if can_login and name not in active.values()]
-    result = {"active": active, "salts": {name: salt or "" for name, salt, *_rest in logins}, "retired": []}
+    result = {
+        "pending": sorted(re.sub("_[ab]$", "", name) for name in old),
+        "active": active,
+        "salts": {name: salt or "" for name, salt, *_rest in logins},
+        "retired": [],
+    }
     if module.params["state"] == "read" or not old:
         module.exit_json(changed=False, **result)
     if not module.check_mode:

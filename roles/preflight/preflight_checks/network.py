@@ -14,6 +14,7 @@ ALL_ADDRESSES = ("0.0.0.0", "::", "*", "[::]", "0", "0.0.0.0/0")
 LISTEN_VARIABLES = {
     "postgresql": ("postgresql_listen_addresses",),
     "litellm": ("litellm_bind_address",),
+    "haproxy": ("haproxy_bind_address",),
 }
 
 
@@ -63,6 +64,10 @@ def ports(run: Run, host: Host) -> Iterator[Port]:
             for index in range(min(count, 100)):
                 name = "litellm_port" + (f" + {index}" if index else "")
                 yield Port(first + index, name, where, r"litellm@\d+\.service")
+    if "haproxy" in host.roles:
+        number = as_number(run.value(host, "haproxy_port", 443))
+        if number is not None:
+            yield Port(number, "haproxy_port", addresses.get("haproxy_bind_address", ()), r"haproxy\.service")
     if "litellm_logger" in host.roles:
         settings = run.value(host, "litellm_logger_settings", {})
         writer = settings.get("writer") if isinstance(settings, dict) else None
@@ -155,11 +160,13 @@ def port_duplicate(run: Run) -> Iterator[tuple[str, ...]]:
 def port_range(run: Run) -> Iterator[tuple[str, ...]]:
     for host in run.hosts:
         for port in ports(run, host):
-            if not 1024 <= port.number <= 65535:
+            # HAProxy alone may take a port below 1024.
+            lowest = 1 if port.variable == "haproxy_port" else 1024
+            if not lowest <= port.number <= 65535:
                 yield (
                     host.name,
                     f"{port.variable} is {port.number}.",
-                    "choose a port from 1024 to 65535: the services run without root's rights.",
+                    f"choose a port from {lowest} to 65535: the services run without root's rights.",
                 )
 
 

@@ -4,7 +4,9 @@
 import json
 import os
 import re
+import shutil
 import tempfile
+import time
 
 from ansible.module_utils.basic import AnsibleModule
 
@@ -23,6 +25,19 @@ options:
     description: File name and content; a mapping as content is written as JSON.
     type: dict
     required: true
+  overlap:
+    description:
+      - Seconds that the old value of a credential stays valid when it changes, by name. It is kept in the file
+        C(<name>_PREVIOUS), a line of end (Unix time) and value for each; what is over is removed. With 0 none is kept.
+    type: dict
+    default: {}
+  validate:
+    description:
+      - Command that must accept what is new before any file is replaced. It finds these files in the folder that
+        CREDENTIALS_DIRECTORY names, with the names of the files.
+    type: list
+    elements: str
+    default: []
 author: [litellm-gateway]
 """
 
@@ -45,6 +60,7 @@ removed:
   returned: always
 """
 
+PREVIOUS = "_PREVIOUS"
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
@@ -73,15 +89,56 @@ def write(directory, name, content):
     os.rename(temporary, os.path.join(directory, name))
 
 
+def read(path):
+    """Return the text of a file; empty when it is not there."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read().strip()
+    except FileNotFoundError:
+        return ""
+
+
+def previous_values(directory, name, value, seconds):
+    """Return the lines of values that stay valid beside the new one; a value that comes back is none of them."""
+    now, old = int(time.time()), read(os.path.join(directory, name))
+    lines = [line.split(" ", 1) for line in read(os.path.join(directory, name + PREVIOUS)).splitlines()]
+    kept = {text: int(end) for end, text in lines if int(end) > now}
+    if old and old != value:
+        kept[old] = now + seconds
+    kept.pop(value, None)
+    return "\n".join(f"{end} {text}" for text, end in sorted(kept.items(), key=lambda item: item[1])) if seconds else ""
+
+
+def refuse_invalid(module, credentials):
+    """Fail unless the command accepts the new credentials, in a folder of their own that only root can read."""
+    directory = tempfile.mkdtemp(dir="/run", prefix="credentials-")
+    try:
+        for name, value in credentials.items():
+            write(directory, name, content_of(value))
+        environment = {"CREDENTIALS_DIRECTORY": directory}
+        code, output, errors = module.run_command(module.params["validate"], environ_update=environment)
+    finally:
+        shutil.rmtree(directory)
+    if code:
+        names = ", ".join(sorted(credentials))
+        module.fail_json(msg=f"New credentials ({names}) were refused, the old ones stay: {(errors or output).strip()}")
+
+
 def main():
     module = AnsibleModule(
         argument_spec={
             "directory": {"type": "path", "required": True},
             "credentials": {"type": "dict", "required": True, "no_log": True},
+            "overlap": {"type": "dict", "default": {}},
+            "validate": {"type": "list", "elements": "str", "default": []},
         },
         supports_check_mode=True,
     )
-    directory, credentials = module.params["directory"], module.params["credentials"]
+    directory, credentials = module.params["directory"], dict(module.params["credentials"])
+    for name, seconds in module.params["overlap"].items():
+        # It is written first: a run killed after that has the value in both files, and the next one goes on.
+        if kept := previous_values(directory, name, content_of(credentials[name]).decode(), int(seconds)):
+            credentials[name + PREVIOUS] = kept
     for name, value in credentials.items():
         if not NAME.fullmatch(name):
             module.fail_json(msg=f"{name!r} cannot be the name of a credential: use letters, digits and _ . -")
@@ -98,7 +155,9 @@ def main():
             os.makedirs(directory, exist_ok=True)
             os.chmod(directory, 0o700)
             os.chown(directory, 0, 0)
-        for name in written:
+        if written and module.params["validate"]:
+            refuse_invalid(module, {name: credentials[name] for name in written})
+        for name in sorted(written, key=lambda name: (not name.endswith(PREVIOUS), name)):
             write(directory, name, content_of(credentials[name]))
         for name in removed:
             os.remove(os.path.join(directory, name))

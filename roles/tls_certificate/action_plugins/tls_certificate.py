@@ -113,10 +113,10 @@ class Authority:
     def keep(self) -> None:
         """Make the authority when there is none; say why when its key cannot be opened."""
         if not os.path.exists(self.path("ca.key")):
-            if os.path.exists(self.path("ca.crt")) or os.path.exists(self.path("authority.crt")):
+            if os.path.exists(self.path("ca.crt")):
                 raise AnsibleActionFail(
-                    f"{self.directory} has the authority's certificate, but its key, ca.key, is missing: restore it from "
-                    "your backup. Clients trust no other; without it, roll over to a new one by hand (docs/operations/rotation.md)."
+                    f"{self.directory} has the authority's certificate, but its key, ca.key, is missing: restore it "
+                    "from your backup, since clients trust no other."
                 )
             self.changed = True
             if not self.check_mode:
@@ -125,7 +125,19 @@ class Authority:
             # Directories made before there were two files.
             with open(self.path("ca.crt"), "rb") as file:
                 write(self.path("authority.crt"), file.read(), 0o644)
+        if not self.check_mode and self.same("authority.crt", "next.crt"):
+            self.end_switch()  # a run was killed in the middle of it
         self.trust()
+
+    def same(self, one: str, other: str) -> bool:
+        """Return whether two files hold the same certificate."""
+        return load(self.path(one)) is not None and load(self.path(one)) == load(self.path(other))
+
+    def end_switch(self) -> None:
+        """Let the next key take the place of the authority's."""
+        if os.path.exists(self.path("next.key")):
+            os.replace(self.path("next.key"), self.path("ca.key"))
+        os.unlink(self.path("next.crt"))
 
     def key(self, name: str = "ca.key") -> ec.EllipticCurvePrivateKey:
         try:
@@ -133,9 +145,9 @@ class Authority:
                 key = serialization.load_pem_private_key(file.read(), self.passphrase)
         except (ValueError, TypeError) as error:
             raise AnsibleActionFail(
-                f"The key of the certification authority, {self.path(name)}, cannot be made or opened. When it is there, "
-                "the passphrase must be the one that it was made with; do not replace the key, since clients trust no "
-                "other."
+                f"The key of the certification authority, {self.path(name)}, cannot be made or opened. When it is "
+                "there, the passphrase must be the one that it was made with; do not replace the key, since clients "
+                "trust no other."
             ) from error
         assert isinstance(key, ec.EllipticCurvePrivateKey)
         return key
@@ -178,21 +190,28 @@ class Authority:
         with open(self.path("ca.crt"), encoding="ascii") as file:
             return file.read()
 
-    def advance(self, step: str) -> None:
-        """Take a step of a rollover; a step that was taken already, or that a later one overtook, changes nothing."""
+    def next_step(self) -> str:
+        """Return the step that comes next in a rollover."""
+        if os.path.exists(self.path("next.key")):
+            return "switch"
+        return "finish" if os.path.exists(self.path("previous.crt")) else "begin"
+
+    def advance(self, step: str) -> str:
+        """Take a step of a rollover, and return it; one that was taken already changes nothing."""
         self.keep()
+        step = self.next_step() if step == "next" else step
         done = {
             "begin": os.path.exists(self.path("next.key")) or os.path.exists(self.path("previous.crt")),
             "switch": not os.path.exists(self.path("next.key")),
             "finish": not os.path.exists(self.path("previous.crt")),
         }[step]
         if step == "finish" and os.path.exists(self.path("next.key")):
-            raise AnsibleActionFail("The new authority does not sign yet: rotate with rotate_only=ca_switch first.")
+            raise AnsibleActionFail("The new authority does not sign yet: take the step switch first.")
         if done:
-            return
+            return step
         self.changed = True
         if self.check_mode:
-            return
+            return step
         self.key()  # a wrong passphrase ends it here, before anything has changed
         if step == "begin":
             self.make("next.key", "next.crt")
@@ -203,11 +222,11 @@ class Authority:
             if previous and following and previous != following:
                 write(self.path("previous.crt"), previous.public_bytes(PEM), 0o644)
                 write(self.path("authority.crt"), following.public_bytes(PEM), 0o644)
-            os.replace(self.path("next.key"), self.path("ca.key"))
-            os.unlink(self.path("next.crt"))
+            self.end_switch()
         else:
             os.unlink(self.path("previous.crt"))
         self.trust()
+        return step
 
     def sign(self, request_pem: str, names: list[str], days: int) -> str:
         """Return a certificate for the key of a signing request."""
@@ -218,7 +237,8 @@ class Authority:
         assert issuer is not None
         if issuer.public_key() != key.public_key():
             raise AnsibleActionFail(
-                f"{self.path('ca.key')} is not the key of {self.path('authority.crt')}: restore both from the same backup."
+                f"{self.path('ca.key')} is not the key of {self.path('authority.crt')}: "
+                "restore both from the same backup."
             )
         public: ec.EllipticCurvePublicKey = request.public_key()  # type: ignore[assignment]
         end = min(now() + datetime.timedelta(days=days), issuer.not_valid_after_utc)
@@ -305,8 +325,8 @@ class ActionModule(ActionBase):
         )
         with authority.locked():
             if args.get("step"):
-                authority.advance(args["step"])
-                return dict(result, changed=authority.changed, reason=args["step"] if authority.changed else "")
+                step = authority.advance(args["step"])
+                return dict(result, changed=authority.changed, step=step)
         brought = [args.get("brought", {}).get(name) or "" for name in ("certificate", "key", "authorities")]
         if any(brought):
             return self.install_brought(result, authority, *brought)
@@ -344,7 +364,9 @@ class ActionModule(ActionBase):
     def install_brought(self, result: dict, authority: Authority, *paths: str) -> dict:
         """Install certificate, key and authority that are files on the controller."""
         if not all(paths):
-            raise AnsibleActionFail(f"Give certificate, key and CA certificate together, or none of them (seen: {paths}).")
+            raise AnsibleActionFail(
+                f"Give certificate, key and CA certificate together, or none of them (seen: {paths})."
+            )
         contents = []
         for path in paths:
             try:

@@ -189,9 +189,7 @@ def main():
     key = files.path("server.key.new" if pending else "server.key")
     subject = f"/CN={params['common_name'][:64]}"
     request = module.run_command(["openssl", "req", "-new", "-key", key, "-subj", subject], check_rc=True)[1]
-    module.exit_json(
-        changed=files.changed, request=request, pending=pending, certificate=files.read("server.crt")
-    )
+    module.exit_json(changed=files.changed, request=request, pending=pending, certificate=files.read("server.crt"))
 
 
 def install(files, params):

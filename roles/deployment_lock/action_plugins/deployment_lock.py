@@ -1,0 +1,79 @@
+"""One run at a time: take the deployment's lock for this run of ansible-playbook, or say who holds it."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import platform
+from pathlib import Path
+
+from ansible.errors import AnsibleActionFail, AnsibleConnectionFailure
+from ansible.plugins.action import ActionBase
+
+
+def started(process: int) -> str:
+    """Return when a process of this machine started, in clock ticks; empty when it does not run."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+def machine() -> str:
+    """Return what names this machine until it boots again."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return platform.node()
+
+
+def this_run() -> dict[str, str]:
+    """Return who runs: a task's process is a child of ansible-playbook."""
+    process = os.getppid()
+    return {
+        "who": f"{getpass.getuser()}@{platform.node()}",
+        "machine": machine(),
+        "process": str(process),
+        "started": started(process),
+    }
+
+
+def is_gone(holder: dict[str, str]) -> bool:
+    """Return whether the holder was a process of this machine that does not run any more."""
+    if holder.get("machine") != machine():
+        return False
+    return started(int(holder["process"])) != holder["started"]
+
+
+class ActionModule(ActionBase):
+    """Options: `state` (taken or released), `path`, `break` (take it whoever holds it)."""
+
+    TRANSFERS_FILES = False
+    _supports_check_mode = True
+    _VALID_ARGS = frozenset(("state", "path", "break"))
+
+    def run(self, tmp: str | None = None, task_vars: dict | None = None) -> dict:
+        """Return nothing but success; fail when another run holds the lock."""
+        result = super().run(tmp, task_vars)
+        self.variables = task_vars or {}
+        state, mine = self._task.args["state"], this_run()
+        try:
+            answer = self.module(state, mine)
+            holder = answer.get("holder", mine)
+            if state == "taken" and holder != mine and (is_gone(holder) or self._task.args.get("break")):
+                answer = self.module("replaced", mine, holder)
+                holder = answer.get("holder", mine)
+        except AnsibleConnectionFailure:
+            return dict(result, changed=False, msg="The host cannot be reached; preflight will say why.")
+        if state == "taken" and holder != mine:
+            raise AnsibleActionFail(
+                f"Another run is at work on this deployment: {holder['who']}, process {holder['process']}, for "
+                f"{answer['age']} s. Wait until it has ended, then run this again. If that machine is surely gone, "
+                "take the lock over with -e deployment_lock_break=true."
+            )
+        return dict(result, changed=False)
+
+    def module(self, state: str, holder: dict[str, str], expected: dict[str, str] | None = None) -> dict:
+        """Run deployment_lock_file on the host; a host that cannot run modules yet is left to the preflight."""
+        arguments = {"path": self._task.args["path"], "state": state, "holder": holder, "expected": expected or {}}
+        return self._execute_module(module_name="deployment_lock_file", module_args=arguments, task_vars=self.variables)
