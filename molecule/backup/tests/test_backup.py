@@ -35,8 +35,9 @@ def test_the_backup_login_reads_and_does_nothing_else(db):
         == "f"
     )
     for statement in ("DELETE FROM requests", "CREATE TABLE x ()", "CREATE ROLE x"):
+        read = 'import json; print(json.load(open("/etc/postgresql-backup/database.json"))["password"])'
         done = db.try_run(
-            'PGPASSWORD=$(python3 -c \'import json; print(json.load(open("/etc/postgresql-backup/database.json"))["password"])\')'
+            f"PGPASSWORD=$(python3 -c '{read}')"
             f" psql -h /var/run/postgresql -U litellm_backup_a litellm -c '{statement}'"
         )
         assert done.returncode
@@ -128,9 +129,8 @@ def test_an_interrupted_dump_is_never_promoted(db, signal):
 
 def test_a_dump_on_a_full_disk_is_never_promoted(db):
     before = db.run(f"ls {DUMPS}")
-    db.run(
-        f"mount -t tmpfs -o size=64k,mode=2750,uid=$(id -u postgresql-backup),gid=$(id -g postgresql-backup) none {DUMPS}"
-    )
+    owner = "uid=$(id -u postgresql-backup),gid=$(id -g postgresql-backup)"
+    db.run(f"mount -t tmpfs -o size=64k,mode=2750,{owner} none {DUMPS}")
     try:
         assert db.try_run("systemctl start postgresql-backup-dump.service").returncode
         assert db.run(f"ls {DUMPS}") == ""

@@ -1,4 +1,4 @@
-"""Writes calls into the spool of this host until a file appears, as LiteLLM's callback does; each line printed is one call.
+"""Writes calls into the spool of this host until a file appears, as LiteLLM's callback does; prints each call.
 
 Usage: traffic.py SPOOL STOP-FILE CALLS-PER-SECOND
 """

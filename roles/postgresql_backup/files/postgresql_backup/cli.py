@@ -159,9 +159,8 @@ def _list(settings: Settings, options: argparse.Namespace) -> int:
         print(json.dumps(content, indent=2, default=str))
         return ExitCode.OK
     for manifest in found:
-        print(
-            f"dump  {manifest.name}  {manifest.rows} rows, {megabytes(manifest.size)}, PostgreSQL {manifest.server_version}"
-        )
+        size = megabytes(manifest.size)
+        print(f"dump  {manifest.name}  {manifest.rows} rows, {size}, PostgreSQL {manifest.server_version}")
     for backup in bases:
         print(
             f"base  {backup.label}  repository {backup.repository}, {backup.kind}, ended {backup.ended.isoformat()}, "
