@@ -1,0 +1,69 @@
+"""The command: `python -m benchmarks`, with PostgreSQL 17's programs in /usr/lib/postgresql/17/bin or $PG_BINDIR.
+
+It prints one table; every figure in it is a ratio of runs that took turns, or stands beside what it is measured by.
+"""
+
+import argparse
+from collections.abc import Iterator
+
+from benchmarks import lookups, storing
+from benchmarks.cluster import Cluster, running_cluster
+
+PARTS = ("storing", "lookups")
+
+
+def main() -> None:
+    """Run the parts asked for."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} (default: all)")
+    parser.add_argument("--pairs", type=int, default=10_000, help="pairs to store per run (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds, medians count (default: %(default)s)")
+    parser.add_argument("--rows", type=int, default=200_000, help="pairs to look up in (default: %(default)s)")
+    parser.add_argument("--days", type=int, default=30, help="days that these pairs are spread over (default: 30)")
+    options = parser.parse_args()
+    if unknown := set(options.parts) - set(PARTS):
+        parser.error(f"unknown part {unknown.pop()!r}: choose from {', '.join(PARTS)}")
+    with running_cluster() as cluster:
+        for part in options.parts or PARTS:
+            for name, value, limit in _REPORTS[part](cluster, options):
+                print(f"{name:<58} {value:>12}  {limit}", flush=True)
+
+
+def _storing(cluster: Cluster, options: argparse.Namespace) -> Iterator[tuple[str, str, str]]:
+    runs = storing.rounds(cluster, options.pairs, max(options.pairs // 25, 100), options.rounds)
+    copy, writer, naive = (storing.median(runs[way]) for way in ("copy", "writer", "naive"))
+    yield "pairs/s, raw COPY of encoded rows", f"{copy.pairs_per_second:.0f}", "the limit"
+    yield "pairs/s, writer, drain of a full spool", f"{writer.pairs_per_second:.0f}", ">= 5000"
+    yield "pairs/s, naive: ORM and commit for each event", f"{naive.pairs_per_second:.0f}", ""
+    ratio = storing.median_ratio(runs["writer"], runs["copy"], "pairs_per_second")
+    yield "pairs/s, writer to raw COPY", f"{ratio:.2f}", ">= 0.5, aim 0.8"
+    for name, way in (("raw COPY", copy), ("writer", writer), ("naive", naive)):
+        cpu = f"{way.client_cpu:.2f} + {way.server_cpu:.2f}"
+        yield f"CPU s per 10,000 pairs, client + server, {name}", cpu, ""
+    ratio = storing.median_ratio(runs["writer"], runs["naive"], "client_cpu")
+    yield "client CPU, writer to naive", f"{ratio:.3f}", "<= 0.25, aim 0.1"
+    yield "memory of the writer, MB", f"{writer.memory:.0f}", "<= 80"
+    fill = storing.median(runs["fill"])
+    yield "callback, microseconds of CPU per call", f"{fill.client_cpu * 100:.0f}", "<= 100 (0.5 % of 20 ms)"
+    storing.run(cluster, "fill", options.pairs)
+    cluster.empty()
+    storing.run(cluster, "writer", options.pairs)
+    size = storing.storage(cluster)
+    yield "bytes per pair: bodies", f"{size['bodies']:.0f}", ""
+    yield "bytes per pair: tables + indexes", f"{size['tables']:.0f} + {size['indexes']:.0f}", ""
+    yield "storage to bodies", f"{(size['tables'] + size['indexes']) / size['bodies']:.2f}", "<= 1"
+    cluster.empty()
+
+
+def _lookups(cluster: Cluster, options: argparse.Namespace) -> Iterator[tuple[str, str, str]]:
+    lookups.fill_tables(cluster, options.rows, options.days)
+    for found in lookups.look_ups(cluster):
+        name = f"{found.name}, ms of {options.rows} pairs in {options.days} days"
+        yield name, f"{found.milliseconds:.3f}", f"<= {found.limit:g}"
+    cluster.empty()
+
+
+_REPORTS = {"storing": _storing, "lookups": _lookups}
+
+if __name__ == "__main__":
+    main()
