@@ -209,7 +209,7 @@ def test_what_cannot_be_restored_is_one_clear_message(db, arguments, word):
 def test_the_copies_are_off_the_host_and_their_user_has_no_shell(db, store):
     db.run("systemctl start postgresql-backup-copy.service")
     assert newest(db) in store.run("ls /srv/postgresql-backup/dumps").split()
-    ssh = "ssh -i /etc/postgresql-backup/offsite.key -o UserKnownHostsFile=/etc/postgresql-backup/known_hosts"
+    ssh = "ssh -i /etc/postgresql-backup/offsite/key -o UserKnownHostsFile=/etc/postgresql-backup/known_hosts"
     address = db.run("cut -d' ' -f1 /etc/postgresql-backup/known_hosts | head -n 1")
     assert "sftp" in db.try_run(f"{ssh} postgresql-backup@{address} id").stdout.lower()
     store.run("systemctl start postgresql-backup-snapshot.service")
