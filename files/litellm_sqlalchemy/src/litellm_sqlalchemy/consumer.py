@@ -22,13 +22,19 @@ from litellm_sqlalchemy.errors import SpoolError
 from litellm_sqlalchemy.frames import Damage, Frame, Kind
 from litellm_sqlalchemy.records import identifier
 from litellm_sqlalchemy.retention import Retention
-from litellm_sqlalchemy.spool import Lock, open_directory, read_counters, remove_requeued, replace_file, reserve_space
+from litellm_sqlalchemy.spool import (
+    STATE_FILE,
+    Lock,
+    open_directory,
+    read_counters,
+    remove_requeued,
+    replace_file,
+    reserve_space,
+)
 from litellm_sqlalchemy.store import DeadLetter, Delivery
 
 #: Bytes read from a segment at once; a longer frame doubles it. A batch ends when it holds as much.
 _READ_SIZE = 4 * 1024 * 1024
-#: Bytes kept allocated for the next `state.json`: a full disk must not keep the writer from making room on it.
-_STATE_RESERVE = 64 * 1024
 
 
 @dataclass
@@ -86,19 +92,19 @@ class Consumer:
         """Take the writer's lock; delivered segments go to `retention`, if any. Raises SpoolError, LockedError."""
         self._retention = retention
         self.directory = open_directory(directory, create=True)
-        self._state = directory / "state.json"
+        self._state = directory / STATE_FILE
         try:
             self._lock = Lock(directory / "writer.lock")
             self.totals, cursors = read_state(directory)
             self._cursors = {name: cursor for name, cursor in cursors.items() if name in producers(directory)}
             for leftover in (
-                *directory.glob(".*.*"),
+                *directory.glob(".format.*"),
                 *(directory / "dead").glob(".*.*"),
             ):  # of a writer that was killed
                 leftover.unlink()
         except OSError as error:
             raise SpoolError(f"spool directory {directory} cannot be used: {error.strerror}") from None
-        reserve_space(self._state, _STATE_RESERVE)
+        reserve_space(self._state)
 
     def close(self) -> None:
         """Let go of the lock."""
@@ -247,8 +253,8 @@ class Consumer:
             "totals": asdict(self.totals),
             "producers": {producer: asdict(cursor) for producer, cursor in self._cursors.items()},
         }
-        replace_file(self._state, orjson.dumps(content))
-        reserve_space(self._state, _STATE_RESERVE)
+        replace_file(self._state, orjson.dumps(content), reserved=True)
+        reserve_space(self._state)
 
 
 def _call_of_response(frame: Frame) -> str:
@@ -261,7 +267,7 @@ def _call_of_response(frame: Frame) -> str:
 
 def read_state(directory: Path) -> tuple[Totals, dict[str, Cursor]]:
     """Return the counters and cursors that the writer left. Raises SpoolError."""
-    file = directory / "state.json"
+    file = directory / STATE_FILE
     try:
         content: dict[str, Any] = orjson.loads(file.read_bytes())
         cursors = {producer: Cursor(**cursor) for producer, cursor in content["producers"].items()}

@@ -15,6 +15,7 @@ A producer only appends; the writer only reads and unlinks. What counts as deliv
 the writer moves its cursor behind it, durably, and then retires the segments that lie before the cursor.
 """
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -43,8 +44,12 @@ _COUNTERS_INTERVAL = 5.0
 _COUNTERS_SIZE = 512
 #: In a folder of requeued dead letters: the names of those it was made of.
 REQUEUED_FILE = "requeued.json"
-#: With `when_full: refuse`, the part of `max_size` that is kept for what accepted calls have still to write.
-_REFUSE_PART = 16
+#: Part of `max_size` that a producer claims at once; with `when_full: refuse`, half of it has to be left for the frames
+#: of calls that were accepted.
+_PART = 32
+#: The writer's memory, and bytes kept allocated for its next version: on a full disk the writer makes room.
+STATE_FILE = "state.json"
+_STATE_RESERVE = 64 * 1024
 
 
 def open_directory(directory: Path, *, create: bool = False) -> Path:
@@ -77,14 +82,18 @@ def _initialise(directory: Path) -> None:
     try:
         for name in ("producers", "dead"):
             (directory / name).mkdir(exist_ok=True)
+        reserve_space(directory / STATE_FILE)
         replace_file(directory / "format", FORMAT.encode())
     except OSError as error:
         raise SpoolError(f"spool directory {directory} cannot be written: {error.strerror}") from None
 
 
-def replace_file(file: Path, content: bytes) -> None:
-    """Put `content` in the place of `file`, atomically and durably; on an error `file` stays as it was."""
-    temporary = _temporary(file)
+def replace_file(file: Path, content: bytes, *, reserved: bool = False) -> None:
+    """Put `content` in the place of `file`, atomically and durably; on an error `file` stays as it was.
+
+    `reserved` uses what `reserve_space` has allocated.
+    """
+    temporary = _reserve(file) if reserved else file.with_name(f".{file.name}.{os.getpid()}")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT, 0o660)
     try:
         written = 0
@@ -93,7 +102,8 @@ def replace_file(file: Path, content: bytes) -> None:
         os.ftruncate(descriptor, written)
         os.fsync(descriptor)
     except OSError:
-        temporary.unlink()
+        if not reserved:
+            temporary.unlink()
         raise
     finally:
         os.close(descriptor)
@@ -101,20 +111,20 @@ def replace_file(file: Path, content: bytes) -> None:
     sync_directory(file.parent)
 
 
-def reserve_space(file: Path, size: int) -> None:
-    """Allocate what the next `replace_file` of `file` needs, as far as the disk allows: it then works on a full one."""
+def reserve_space(file: Path) -> None:
+    """Allocate what the next `replace_file` of `file` needs, as far as the disk allows."""
     try:
-        descriptor = os.open(_temporary(file), os.O_WRONLY | os.O_CREAT, 0o660)
+        descriptor = os.open(_reserve(file), os.O_WRONLY | os.O_CREAT, 0o660)
         try:
-            os.posix_fallocate(descriptor, 0, size)
+            os.posix_fallocate(descriptor, 0, _STATE_RESERVE)
         finally:
             os.close(descriptor)
     except OSError as error:
         _log.warning("no space can be reserved for %s: %s", file, error.strerror)
 
 
-def _temporary(file: Path) -> Path:
-    return file.with_name(f".{file.name}.{os.getpid()}")
+def _reserve(file: Path) -> Path:
+    return file.with_name(f".{file.name}")
 
 
 def sync_directory(directory: Path) -> None:
@@ -138,8 +148,9 @@ class Lock:
             holder = os.read(self._descriptor, 64).decode(errors="replace").strip() or "unknown"
             os.close(self._descriptor)
             raise LockedError(f"{file} is held by process {holder}: stop it first, or let it work") from None
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, f"{os.getpid()}\n".encode(), 0)
+        with contextlib.suppress(OSError):  # on a full disk the holder has no name
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, f"{os.getpid()}\n".encode(), 0)
 
     def release(self) -> None:
         """Give the lock back."""
@@ -170,6 +181,7 @@ class _Segment:
         os.fdatasync(self.descriptor)
         if not self.named:
             sync_directory(self.folder)
+            sync_directory(self.folder.parent)
             self.named = True
 
     def close(self) -> None:
@@ -247,7 +259,7 @@ class Producer:
         try:
             with self._guard:
                 self._open_segment()
-                self._claim((self._settings.max_size or 0) // _REFUSE_PART)
+                self._claim((self._settings.max_size or 0) // (2 * _PART))
             disk = os.statvfs(self._settings.directory)
         except OSError as error:
             raise SpoolError(f"spool directory {self._settings.directory}: {error.strerror}") from None
@@ -297,18 +309,19 @@ class Producer:
         return self._segment
 
     def _claim(self, size: int) -> None:
-        """Raise SpoolFull where `size` bytes would exceed the cap.
+        """Raise SpoolFull where `size` bytes could exceed the cap.
 
-        Every producer may fill its share of what is left; when that is used up, the spool is measured again.
+        A producer claims a part of the cap when the others' parts would still fit, too.
         """
         cap = self._settings.max_size
-        if cap is None:
+        if cap is None or size <= self._room:
             return
         now = time.monotonic()
-        if self._room < size and now >= self._measure_at:
-            directory = self._settings.directory
-            left = cap - sum(size for _file, size in segment_sizes(directory))
-            self._room = left // max(sum(1 for _ in (directory / "producers").glob("[!.]*")), 1)
+        if now >= self._measure_at:
+            directory, part = self._settings.directory, cap // _PART
+            others = sum(1 for _ in (directory / "producers").glob("[!.]*")) - 1
+            left = cap - sum(size for _file, size in segment_sizes(directory)) - others * part
+            self._room = min(max(size, part), left)
             if self._room < size:
                 self._measure_at = now + _FULL_INTERVAL
         if self._room < size:
@@ -336,8 +349,7 @@ class Producer:
         self._counters = self._counters or os.open(hidden / "counters.json", os.O_WRONLY | os.O_CREAT, 0o660)
         os.posix_fallocate(self._counters, 0, _COUNTERS_SIZE)
         self._write_counters()
-        hidden.rename(folder)
-        sync_directory(folder.parent)
+        hidden.rename(folder)  # the first segment's sync makes its name durable
         self._folder = folder
         return folder
 

@@ -266,11 +266,16 @@ def test_columns_are_read_back_as_they_were_written(store: Store, database: Data
                 assert cursor.fetchone() == (text,), column
 
 
-@pytest.mark.parametrize(("value", "text"), [(0.1, "0.1"), (1e300, "1e+300"), (5, "5"), (-0.0, "-0"), (1e-300, "1e-300")])
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.1, "0.1"), (1e300, "1e+300"), (5, "5"), (-0.0, "-0"), (1e-300, "1e-300")]
+)
 def test_floats_and_json_columns(value: float, text: str, store: Store, database: Database) -> None:
     call = uuid7().hex
     attempts = [{"deployment": "d", "duration_ms": value}]
-    frames = [Frame(Kind.REQUEST, 1, request(call), b""), Frame(Kind.RESPONSE, 2, response(call, cost=value, attempts=attempts), b"")]
+    frames = [
+        Frame(Kind.REQUEST, 1, request(call), b""),
+        Frame(Kind.RESPONSE, 2, response(call, cost=value, attempts=attempts), b""),
+    ]
     assert store.deliver(frames).inserted == 2
     [(cost, stored)] = database.query("SELECT cost::text, attempts FROM responses")
     assert (cost, float(stored[0]["duration_ms"])) == (text, value)

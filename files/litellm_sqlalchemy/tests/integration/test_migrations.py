@@ -1,0 +1,91 @@
+"""Migrations and models are one schema; privileges are exactly what they should be."""
+
+from contextlib import closing
+
+import psycopg2
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+
+from litellm_sqlalchemy.database import connected
+from litellm_sqlalchemy.migrate import PRIVILEGES
+from litellm_sqlalchemy.models import Base
+from support.postgresql import Database, Server
+from support.processes import Deployment
+
+
+def _difference(deployment: Deployment) -> list[object]:
+    with connected(deployment.load().database, "reader", "test") as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True, "compare_server_default": True})
+        return list(compare_metadata(context, Base.metadata))
+
+
+def test_models_are_what_the_migrations_make(deployment: Deployment) -> None:
+    assert _difference(deployment) == []
+
+
+def test_control_a_column_too_many_is_seen(deployment: Deployment, database: Database) -> None:
+    database.execute("ALTER TABLE requests ADD COLUMN stray text", "DROP INDEX ix_requests_call_id")
+    assert len(_difference(deployment)) == 2
+
+
+def test_privileges_are_exact(database: Database) -> None:
+    rows = database.query(
+        "SELECT c.relname, replace(coalesce(g.rolname, 'PUBLIC'), 'litellm_', ''), a.privilege_type "
+        "FROM pg_class c, aclexplode(c.relacl) a LEFT JOIN pg_roles g ON g.oid = a.grantee "
+        "WHERE c.relnamespace = 'public'::regnamespace AND a.grantee <> c.relowner"
+    )
+    wanted = {
+        (table, role, privilege)
+        for role, tables in PRIVILEGES.items()
+        for table, privileges in tables.items()
+        for privilege in privileges
+    }
+    assert set(rows) == wanted
+    assert {owner for (owner,) in database.query(
+        "SELECT relowner::regrole::text FROM pg_class WHERE relnamespace = 'public'::regnamespace"
+    )} == {"litellm_owner"}  # fmt: skip
+
+
+def test_the_writer_can_insert_and_nothing_else(database: Database, server: Server, deployment: Deployment) -> None:
+    with closing(
+        psycopg2.connect(
+            host="127.0.0.1", port=server.port, dbname=database.name, user="litellm_writer_a",
+            password=server.passwords["writer"],
+        )
+    ) as connection:  # fmt: skip
+        connection.autocommit = True
+        for statement in (
+            "SELECT id FROM requests", "UPDATE requests SET model = ''", "DELETE FROM requests", "TRUNCATE requests",
+            "CREATE TABLE public.own (a int)", "DROP TABLE requests",
+        ):  # fmt: skip
+            with pytest.raises(psycopg2.errors.InsufficientPrivilege), connection.cursor() as cursor:
+                cursor.execute(statement)
+
+
+def test_migrate_repairs_privileges_and_says_so(database: Database, deployment: Deployment) -> None:
+    database.execute("GRANT DELETE ON requests TO litellm_writer", "REVOKE SELECT ON responses FROM litellm_reader")
+    assert deployment.run("migrate", "--check").returncode == 5
+    done = deployment.run("migrate", "--json")
+    assert (done.returncode, '"changed": true' in done.stdout) == (0, True)
+    assert '"changed": false' in deployment.run("migrate", "--json").stdout
+    assert deployment.run("migrate", "--check").returncode == 0
+    test_privileges_are_exact(database)
+
+
+def test_an_empty_database(server: Server, database: Database, deployment: Deployment) -> None:
+    database.drop()
+    server.create_database(database.name)
+    done = deployment.run("migrate", "--check")
+    assert done.returncode == 5
+    assert "schema is empty" in done.stdout
+    assert deployment.run("migrate").returncode == 0
+    assert _difference(deployment) == []
+
+
+def test_a_schema_that_is_newer(database: Database, deployment: Deployment) -> None:
+    database.execute("UPDATE alembic_version SET version_num = 'ffff'")
+    for arguments in (("migrate",), ("migrate", "--check")):
+        done = deployment.run(*arguments)
+        assert (done.returncode, done.stderr.count("\n")) == (5, 1)
+        assert "revision ffff, which this version does not know: install a newer" in done.stderr
