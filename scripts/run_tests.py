@@ -14,7 +14,9 @@ from pathlib import Path
 COUNTS = re.compile(r"(\d+) (passed|failed|errors?)\b")
 PYTEST_SUMMARY = re.compile(r"^=*\s*((?:\d+ \w+(?:, )?)+) in [\d.]+s")
 ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
-PLAYBOOK_TIME = re.compile(r"Playbook run took .*")
+MOLECULE_ACTION = re.compile(r"\[(\S+ > (?:converge|idempotence))\] Executing$")
+PLAYBOOK_TIME = re.compile(r"Playbook run took (\d+) days, (\d+) hours, (\d+) minutes, (\d+) seconds")
+SITE_RUNS = {"converge": "first run of the playbook", "idempotence": "second run, nothing to change"}
 PYTHON_FILES = ["scripts", "molecule", "tests", "files", "roles", "playbooks"]
 
 
@@ -57,7 +59,7 @@ def commands(stage: str, chosen: list[str]) -> list[list[str]]:
 def run(command: list[str], result: Result) -> None:
     """Run one command, showing its output, and add it to the result."""
     print(f"--> {' '.join(command)}", flush=True)
-    started, passed, failed = time.monotonic(), 0, 0
+    started, passed, failed, action = time.monotonic(), 0, 0, ""
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "NO_COLOR": "1", "ANSIBLE_NOCOLOR": "1"}
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
@@ -70,8 +72,14 @@ def run(command: list[str], result: Result) -> None:
                 for number, what in COUNTS.findall(summary[1]):
                     passed += int(number) if what == "passed" else 0
                     failed += int(number) if what != "passed" else 0
-            elif playbook := PLAYBOOK_TIME.search(text):
-                result.notes.append(playbook[0])
+            elif begun := MOLECULE_ACTION.search(text):
+                action = begun[1]
+            elif action and (took := PLAYBOOK_TIME.search(text)):
+                days, hours, minutes, seconds = map(int, took.groups())
+                scenario, _, what = action.partition(" > ")
+                total = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+                result.notes.append(f"{scenario}: {SITE_RUNS[what]}: {total} s")
+                action = ""
     if process.returncode and not failed:
         failed = 1
     elif not process.returncode and not passed:
@@ -96,6 +104,8 @@ def main(arguments: list[str]) -> int:
     print("\n==> summary")
     for result in results:
         print(f"{result.name:<12} {result.passed:>4} passed {result.failed:>3} failed  {result.seconds:>5.0f} s")
+        for note in result.notes:
+            print(f"             {note}")
     failed = sum(result.failed for result in results)
     print(f"\n{sum(result.passed for result in results)} passed, {failed} failed")
     return 1 if failed else 0
