@@ -23,7 +23,7 @@ import orjson
 
 from litellm_sqlalchemy.frames import Kind
 from litellm_sqlalchemy.identifiers import uuid7
-from litellm_sqlalchemy.redaction import REDACTION_VERSION, redact, without_secrets
+from litellm_sqlalchemy.redaction import REDACTION_VERSION, redact, scrubbed, without_secrets
 from litellm_sqlalchemy.settings import Settings
 from litellm_sqlalchemy.spool import Producer
 
@@ -120,10 +120,11 @@ class Recorder:
         metadata["redaction_version"] = REDACTION_VERSION
         if mode != "full":
             payload = redact(payload) if mode == "redacted" and not truncated else b""
-        elif truncated and payload:
+        payload = scrubbed(payload)
+        if truncated and payload:
             metadata["payload_truncated"] = True
             payload = payload[: self.content.max_payload_size]
-        return self.producer.append(kind, orjson.dumps(metadata), payload)
+        return self.producer.append(kind, scrubbed(orjson.dumps(metadata)), payload)
 
     def fail(self, what: str) -> None:
         """Count and log the exception at hand; the client's call goes on."""

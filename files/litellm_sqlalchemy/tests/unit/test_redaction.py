@@ -3,11 +3,12 @@
 import json
 from typing import Any
 
+import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from litellm_sqlalchemy.redaction import _KEPT_KEYS, redact, without_secrets
+from litellm_sqlalchemy.redaction import _KEPT_KEYS, redact, scrubbed, without_secrets
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text(),
@@ -82,3 +83,41 @@ def test_other_bytes_stay_as_they_are(payload: bytes) -> None:
 
 def test_a_credential_in_a_broken_body() -> None:
     assert without_secrets(b'{"api_key": "sk-1", "mess') == b'{"api_key": "[redacted]", "mess'
+
+
+SHAPES = {
+    "master key": "sk-Zq9" + "a1B2" * 6,
+    "Anthropic key": "sk-ant-api03-" + "x9Y8" * 8,
+    "Amazon key": "AKIA" + "ABCD1234" * 2,
+    "Google key": "AIza" + "Sy9_-" * 7,
+    "Groq key": "gsk_" + "Ab12" * 6,
+    "Hugging Face token": "hf_" + "Ab12" * 6,
+    "GitHub token": "ghp_" + "Ab12" * 9,
+    "GitLab token": "glpat-" + "Ab12" * 5,
+    "Vault token": "hvs." + "Ab12" * 6,
+    "bearer token": "Bearer " + "abc.DEF~123" * 3,
+    "web token": "eyJhbGciOiJI.eyJzdWIiOiIx.SflKxwRJSMeK",
+    "database URL": "postgresql://app:pa55-w0rd!x@db1/app",
+    "private key": "-----BEGIN EC PRIVATE KEY-----\nMHcCAQEEIB\nqqq==\n-----END EC PRIVATE KEY-----",
+    "verifier": "SCRAM-SHA-256$4096:c2FsdA==$c3RvcmVk+/=:c2VydmVy",
+    "age identity": "AGE-SECRET-KEY-1" + "QPZRY9X8" * 7,
+}
+
+
+@pytest.mark.parametrize("what", SHAPES)
+def test_a_secret_is_known_by_its_shape(what: str) -> None:
+    text = f"Here it is: {SHAPES[what]}, what now?"
+    stored = orjson.loads(scrubbed(orjson.dumps({"messages": [{"content": text}]})))["messages"][0]["content"]
+    assert "[redacted]" in stored
+    assert stored.startswith("Here it is: ")
+    assert stored.endswith(", what now?") or what == "database URL"
+    secret = SHAPES[what].split("://")[-1].split("@")[0].removeprefix("Bearer ")
+    assert secret not in stored
+    assert stored == orjson.loads(scrubbed(orjson.dumps(stored))), "a second time changes nothing"
+
+
+@pytest.mark.parametrize(
+    "text", ["task-force and risk-free", "https://example.net:8443/a@b", "a bearer of news", "sk-"]
+)
+def test_ordinary_words_stay(text: str) -> None:
+    assert scrubbed(text.encode()) == text.encode()
