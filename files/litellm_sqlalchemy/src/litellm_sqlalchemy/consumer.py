@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -77,6 +78,8 @@ class Batch:
     frames: list[Frame]
     damages: list[Damage]
     cursor: Cursor
+    places: list[int] = field(default_factory=list)
+    """Of each damage, how many of the frames stand before it."""
     finished: bool = False
     """Whether the producer is gone and this is the last of it."""
     full: bool = False
@@ -125,10 +128,11 @@ class Consumer:
         cursor, totals = batch.cursor, self.totals
         dead = {letter.frame.sequence for letter in delivery.dead}
         is_open = dict.fromkeys(cursor.open)
-        cursor.damaged += len(batch.damages)
+        damages = Counter(batch.places)
         if cursor.sequence < 0 and batch.frames:
             cursor.sequence = batch.frames[0].sequence - 1
-        for frame in batch.frames:
+        for place, frame in enumerate(batch.frames):
+            cursor.damaged += damages[place]
             if frame.sequence <= cursor.sequence:
                 continue  # written again after a failed fsync
             gap = frame.sequence - cursor.sequence - 1
@@ -150,6 +154,7 @@ class Consumer:
             else:
                 totals.delivered_responses += 1
                 is_open.pop(call, None)
+        cursor.damaged += damages[len(batch.frames)]
         if batch.finished:
             self._account_end(batch)
         totals.duplicates += delivery.duplicates
@@ -229,7 +234,11 @@ class Consumer:
                 for found, behind in frames.decode(data, complete=complete and reaches_end, seed=seed):
                     batch.size += start + behind - cursor.offset
                     cursor.offset = start + behind
-                    (batch.damages if isinstance(found, Damage) else batch.frames).append(found)  # type: ignore[arg-type]
+                    if isinstance(found, Damage):
+                        batch.places.append(len(batch.frames))
+                        batch.damages.append(found)
+                    else:
+                        batch.frames.append(found)
                     if len(batch.frames) >= limit or batch.size >= _READ_SIZE:
                         return False
                 if reaches_end:
