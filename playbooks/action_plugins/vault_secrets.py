@@ -118,7 +118,8 @@ def replace_values(text: str, kinds: Mapping[str, str], path: str) -> str:
                 f"{path} does not set {name} to a text, so it cannot be rotated there. "
                 "Rotate a value that is set elsewhere by changing it there and running site.yml."
             )
-        pattern = rf"(?m)^{re.escape(name)}:[ \t]*(\"[^\"\\\n]*\"|'[^'\n]*'|[^\s|>&*!{{\[\"'][^\n]*)$"
+        quoted = r"""(?:"[^"\\\n]*"|'[^'\n]*')[ \t]*(?:#[^\n]*)?"""
+        pattern = rf"(?m)^{re.escape(name)}:[ \t]*(?:{quoted}|[^\s|>&*!{{\[\"'][^\n]*)$"
         text, count = re.subn(pattern, f"{name}: {KINDS[kind]()}", text)
         if count != 1:
             raise AnsibleActionFail(

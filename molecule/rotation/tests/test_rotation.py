@@ -4,6 +4,7 @@ The tests run in their order: each begins with what the one before left.
 """
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -124,12 +125,18 @@ def secrets() -> dict[str, Any]:
     return vault
 
 
+@functools.cache
+def address() -> str:
+    """Return the host's address on its network."""
+    found = json.loads(in_host("ip", "-json", "-4", "address", "show", "eth0"))
+    return str(found[0]["addr_info"][0]["local"])
+
+
 def http_client() -> httpx.Client:
     """Return a client with the key that clients were given: the one of the last rotation that has ended."""
-    address = json.loads(in_host("ip", "-json", "-4", "address", "show", "eth0"))[0]["addr_info"][0]["local"]
     trust = ssl.create_default_context(cafile=str(INVENTORY / "pki/ca.crt"))
     headers = {"Authorization": f"Bearer {KEY['present']}"}
-    return httpx.Client(base_url=f"https://{address}", headers=headers, verify=trust, timeout=120, trust_env=False)
+    return httpx.Client(base_url=f"https://{address()}", headers=headers, verify=trust, timeout=120, trust_env=False)
 
 
 KEY: dict[str, str] = {}

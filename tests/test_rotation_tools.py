@@ -1,0 +1,177 @@
+"""What a rotation rests on: the authority's steps, values replaced in the vault, keys that stay valid for a while."""
+
+import asyncio
+import importlib.util
+import os
+import shutil
+import time
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+from ansible.errors import AnsibleActionFail
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+ROOT = Path(__file__).resolve().parent.parent
+PASSPHRASE = "a passphrase for a test"
+
+
+def load(path: str) -> ModuleType:
+    """Import a plugin or program of a role by its path."""
+    specification = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+certificates = load("roles/tls_certificate/action_plugins/tls_certificate.py")
+vaults = load("playbooks/action_plugins/vault_secrets.py")
+credentials = load("roles/python_service/library/credential_files.py")
+launcher = load("roles/litellm/files/launcher.py")
+
+
+def authority(directory, **more):
+    return certificates.Authority(str(directory), PASSPHRASE, "Test", 3650, **({"check_mode": False} | more))
+
+
+def trusted(directory):
+    return x509.load_pem_x509_certificates((directory / "ca.crt").read_bytes())
+
+
+def request():
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "db1")])
+    signed = x509.CertificateSigningRequestBuilder().subject_name(name).sign(key, hashes.SHA256())
+    return signed.public_bytes(serialization.Encoding.PEM).decode()
+
+
+def test_an_authority_is_made_once_and_its_key_is_encrypted(tmp_path):
+    for changed in (True, False):
+        one = authority(tmp_path)
+        one.keep()
+        assert one.changed is changed
+    assert b"ENCRYPTED" in (tmp_path / "ca.key").read_bytes()
+    assert len(trusted(tmp_path)) == 1
+    assert (tmp_path / "ca.key").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_certificate_is_signed_only_when_it_has_to_be(tmp_path):
+    one, csr = authority(tmp_path), request()
+    one.keep()
+    answer = {"request": csr, "pending": False, "certificate": one.sign(csr, ["db1", "192.0.2.1"], 90)}
+    assert one.why_sign(answer, ["db1", "192.0.2.1"], 30) == ""
+    assert one.why_sign(answer, ["db2"], 30) == "it carries other names"
+    assert one.why_sign(answer, ["db1", "192.0.2.1"], 91) == "it is valid for 90 more days"
+    assert one.why_sign(answer | {"request": request()}, ["db1", "192.0.2.1"], 30) == "it is not for this key"
+    assert one.why_sign(answer | {"certificate": ""}, ["db1"], 30) == "there is none"
+    one.advance("begin")
+    assert one.why_sign(answer, ["db1", "192.0.2.1"], 30) == ""
+    one.advance("switch")
+    assert one.why_sign(answer, ["db1", "192.0.2.1"], 30) == "another authority signed it"
+
+
+def test_an_authority_rolls_over_in_three_steps_and_two_are_trusted_meanwhile(tmp_path):
+    authority(tmp_path).keep()
+    (old,) = trusted(tmp_path)
+    steps = []
+    for count in (2, 2, 1):
+        steps.append(authority(tmp_path).advance("next"))
+        assert len(trusted(tmp_path)) == count
+        assert (old in trusted(tmp_path)) is (count == 2)
+    assert steps == ["begin", "switch", "finish"]
+    again = authority(tmp_path)
+    again.advance("finish")
+    assert not again.changed
+
+
+@pytest.mark.parametrize("step", ["begin", "switch", "finish"])
+def test_a_rollover_killed_at_any_file_is_made_good(tmp_path, step, monkeypatch):
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    authority(whole).keep()
+    for earlier in ("begin", "switch", "finish")[: ("begin", "switch", "finish").index(step)]:
+        authority(whole).advance(earlier)
+    calls = 0
+    replace, unlink = os.replace, os.unlink
+    for kill in range(1, 12):
+        directory = tmp_path / f"killed-{kill}"
+        shutil.copytree(whole, directory)
+        calls = 0
+
+        def counted(function, *arguments, kill=kill):
+            nonlocal calls
+            calls += 1
+            if calls == kill:
+                raise KeyboardInterrupt
+            return function(*arguments)
+
+        monkeypatch.setattr(os, "replace", lambda *arguments: counted(replace, *arguments))
+        monkeypatch.setattr(os, "unlink", lambda *arguments: counted(unlink, *arguments))
+        try:
+            authority(directory).advance(step)
+            killed = False
+        except KeyboardInterrupt:
+            killed = True
+        monkeypatch.undo()
+        one = authority(directory)
+        one.keep()
+        assert one.sign(request(), ["db1"], 90), "certificates can be signed after a kill"
+        authority(directory).advance(step)
+        assert len(trusted(directory)) == {"begin": 2, "switch": 2, "finish": 1}[step]
+        if not killed:
+            return
+    pytest.fail("the step never ran to its end")
+
+
+def test_a_wrong_passphrase_and_a_lost_key_say_what_to_do(tmp_path):
+    authority(tmp_path).keep()
+    wrong = certificates.Authority(str(tmp_path), "another passphrase", "Test", 3650, check_mode=False)
+    with pytest.raises(AnsibleActionFail, match="passphrase must be the one"):
+        wrong.advance("begin")
+    (tmp_path / "ca.key").unlink()
+    with pytest.raises(AnsibleActionFail, match="restore it"):
+        authority(tmp_path).keep()
+
+
+TEXT = '# mine\nvault_a: "old-a"  \nvault_b: old-b\nother: {x: "1"}\n'
+
+
+def test_values_are_replaced_and_nothing_else():
+    after = vaults.replace_values(TEXT, {"vault_a": "password", "vault_b": "gateway_key"}, "vault.yml")
+    values = yaml.safe_load(after)
+    assert values["other"] == {"x": "1"}
+    assert "old" not in after
+    assert values["vault_b"].startswith("sk-")
+    assert after.startswith("# mine\n")
+
+
+@pytest.mark.parametrize("text", ["vault_b: b\n", "vault_a: {x: 1}\n", "vault_a: |\n  old\n", "vault_a: [old]\n"])
+def test_what_cannot_be_replaced_in_its_line_is_refused(text):
+    with pytest.raises(AnsibleActionFail, match="vault_a"):
+        vaults.replace_values(text, {"vault_a": "password"}, "vault.yml")
+
+
+def test_previous_values_stay_until_their_end_and_no_longer(tmp_path):
+    now = int(time.time())
+    (tmp_path / "KEY").write_text("second")
+    (tmp_path / "KEY_PREVIOUS").write_text(f"{now - 1} zeroth\n{now + 50} first\n")
+    kept = credentials.previous_values(str(tmp_path), "KEY", "third", 100)
+    assert [line.split()[1] for line in kept.splitlines()] == ["first", "second"]
+    assert credentials.previous_values(str(tmp_path), "KEY", "second", 100).split()[1:] == ["first"]
+    assert credentials.previous_values(str(tmp_path), "KEY", "third", 0) == ""
+
+
+def test_a_previous_master_key_is_taken_for_the_present_one_until_its_end():
+    seen = []
+
+    async def application(scope, receive, send):
+        seen.append(dict(scope["headers"]))
+
+    keys = [(time.time() + 60, b"sk-old"), (time.time() - 1, b"sk-older")]
+    around = launcher.PreviousKeys(application, keys, b"sk-new")
+    headers = [(b"authorization", b"Bearer sk-old"), (b"x-api-key", b"sk-old"), (b"api-key", b"sk-older"), (b"a", b"b")]
+    asyncio.run(around({"type": "http", "headers": headers}, None, None))
+    assert seen == [{b"authorization": b"Bearer sk-new", b"x-api-key": b"sk-new", b"api-key": b"sk-older", b"a": b"b"}]
