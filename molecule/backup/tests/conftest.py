@@ -43,6 +43,7 @@ class Host:
     def drill(self, kind: str) -> dict:
         """Run a drill; return its report."""
         self.try_run(f"systemctl reset-failed; systemctl start postgresql-backup-drill@{kind}.service")
+        self.run(f"systemctl start postgresql-backup-report@{kind}.service")  # its own start may not be over yet
         return json.loads(self.run(f"cat /var/lib/postgresql-drill/{kind}.json"))
 
 

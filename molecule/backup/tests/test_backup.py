@@ -134,7 +134,8 @@ def test_a_dump_on_a_full_disk_is_never_promoted(db):
     try:
         assert db.try_run("systemctl start postgresql-backup-dump.service").returncode
         assert db.run(f"ls {DUMPS}") == ""
-        assert "No space left" in db.run("journalctl -u postgresql-backup-dump -n 20 --no-pager")
+        said = db.run("journalctl -u postgresql-backup-dump -n 20 --no-pager -o cat")
+        assert "no space left" in said.lower()
     finally:
         db.run(f"umount {DUMPS}")
     assert db.run(f"ls {DUMPS}") == before
