@@ -1,5 +1,9 @@
 """Engines: SQLAlchemy's pool over psycopg2, with TLS, SCRAM and credentials that may change at any time."""
 
+import os
+import socket
+import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -15,6 +19,10 @@ from litellm_sqlalchemy.settings import DatabaseSettings, load_credential
 #: Seconds of silence after which TCP asks whether the other side is there, and milliseconds until unanswered data
 #: ends the connection (tcp(7)): a cut network is noticed in 20 s instead of the kernel's 15 minutes.
 _KEEPALIVE = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 2, "tcp_user_timeout": 20_000}
+
+
+#: Connections of each engine.
+_open: weakref.WeakKeyDictionary[Engine, weakref.WeakSet[Any]] = weakref.WeakKeyDictionary()
 
 
 class ErrorClass(Enum):
@@ -99,9 +107,11 @@ def make_engine(
     options = f"-c statement_timeout={int(statement_timeout * 1000)}" if statement_timeout else ""
 
     def connect() -> Any:
-        return psycopg2.connect(**connection_arguments(settings, login, application), options=options)
+        connection = psycopg2.connect(**connection_arguments(settings, login, application), options=options)
+        _open[engine].add(connection)
+        return connection
 
-    return create_engine(
+    engine = create_engine(
         "postgresql+psycopg2://",
         creator=connect,
         pool_size=settings.pool_size,
@@ -109,6 +119,32 @@ def make_engine(
         pool_recycle=settings.pool_recycle,
         pool_pre_ping=settings.pool_pre_ping,
     )
+    _open[engine] = weakref.WeakSet()
+    return engine
+
+
+@contextmanager
+def time_limit(engine: Engine, seconds: float) -> Iterator[None]:
+    """Cut the engine's connections when what is done with them takes longer: psycopg2 then raises OperationalError.
+
+    `statement_timeout` is the server's: one that is frozen, or stands behind a proxy that lost it, never answers.
+    """
+    timer = threading.Timer(seconds, _cut, (engine,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _cut(engine: Engine) -> None:
+    for connection in list(_open[engine]):
+        try:
+            with socket.socket(fileno=os.dup(connection.fileno())) as sock:
+                sock.shutdown(socket.SHUT_RDWR)
+        except (OSError, psycopg2.Error):  # closed meanwhile
+            continue
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from sqlalchemy import Engine, text
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import DBAPIError
 
-from litellm_sqlalchemy.database import ErrorClass, classify, one_line
+from litellm_sqlalchemy.database import ErrorClass, classify, one_line, time_limit
 from litellm_sqlalchemy.errors import SettingsError
 from litellm_sqlalchemy.frames import Frame, Kind
 from litellm_sqlalchemy.migrate import current, problem_of
@@ -55,9 +55,10 @@ class Delivery:
 class Store:
     """Delivers frames through an engine."""
 
-    def __init__(self, engine: Engine) -> None:
-        """Take the engine whose login may insert."""
+    def __init__(self, engine: Engine, time_limit: float = 70) -> None:
+        """Take the engine whose login may insert, and the seconds after which a transaction is given up."""
         self.engine = engine
+        self._time_limit = time_limit
         self._schema_checked = False
 
     def deliver(self, frames: list[Frame], *, give_up_on_unknown: bool = False) -> Delivery:
@@ -116,7 +117,7 @@ class Store:
     def _transaction(self, frames: list[Frame], staged: bool, opaque: bool) -> Delivery:
         """Insert the rows of the frames in one transaction."""
         result = Delivery()
-        with self.engine.begin() as connection:
+        with time_limit(self.engine, self._time_limit), self.engine.begin() as connection:
             cursor = connection.connection.cursor()
             for kind in Kind:  # requests before the responses that refer to them
                 of_kind = [frame for frame in frames if frame.kind is kind]

@@ -30,6 +30,10 @@ _FIRST_DELAY = 0.1
 _PAUSE = 5.0
 
 
+#: Seconds that the server's answer may take beyond `writer.statement_timeout`.
+_ANSWER_TIME = 5.0
+
+
 class Writer:
     """Drains the spool until it is told to stop."""
 
@@ -40,7 +44,7 @@ class Writer:
         self.engine = make_engine(
             settings.database, "writer", "writer", statement_timeout=settings.writer.statement_timeout
         )
-        self._store = Store(self.engine)
+        self._store = Store(self.engine, settings.writer.statement_timeout + _ANSWER_TIME)
         self._consumer = Consumer(settings.spool.directory, Retention(settings.spool))
         self.health = Health()
         self._monitor = Monitor(settings, self._consumer, self.health, self.engine)

@@ -30,6 +30,7 @@ def proxy(server: Server, deployment: Deployment) -> Iterator[FaultProxy]:
     """A proxy that the deployment's settings point at."""
     with fault_proxy(server.port) as proxy:
         deployment.update(database={"port": proxy.port, "connect_timeout": 2}, spool={"segment_size": 1024 * 1024})
+        deployment.update(writer={"statement_timeout": 5})
         yield proxy
 
 

@@ -273,6 +273,24 @@ def test_partition(
     _settled(ledger, database, deployment, writer)
 
 
+def test_a_server_that_takes_all_and_answers_nothing(
+    proxy: FaultProxy, database: Database, deployment: Deployment, writer: WriterProcess, producer: Producer
+) -> None:
+    """As behind a proxy, or a server that is stopped: TCP is well, so that no timeout of the network ends it."""
+    ledger = Ledger()
+    deployment.update(writer={"statement_timeout": 1}, database={"connect_timeout": 2})
+    writer.start()
+    ledger.send(producer, 20)
+    _drained(deployment)
+    proxy.toxics = Toxics(frozen=True)
+    ledger.send(producer, 200)
+    _degraded(writer, "retry")
+    assert writer.stop(15) == 0
+    writer.start()
+    proxy.toxics = Toxics()
+    _settled(ledger, database, deployment, writer)
+
+
 def test_disk_of_the_database_is_full(
     server: Server, database: Database, deployment: Deployment, writer: WriterProcess, producer: Producer,
     small_disk: Path,
