@@ -27,7 +27,7 @@ _numbers = itertools.count(1)
 
 def _memory_directory() -> Path | None:
     """Return a directory in memory with room for a cluster, None where there is none."""
-    memory = Path("/dev/shm")  # noqa: S108  a place for data that ends with the test
+    memory = Path("/dev/shm")
     return memory if memory.is_dir() and shutil.disk_usage(memory).free > 2 * 1024**3 else None
 
 

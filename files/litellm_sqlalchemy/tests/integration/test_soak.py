@@ -109,7 +109,7 @@ def test_soak(
     writer: WriterProcess,
 ) -> None:  # fmt: skip
     events, seed = pytestconfig.getoption("--events"), pytestconfig.getoption("--seed")
-    source = random.Random(seed)  # noqa: S311  no secret
+    source = random.Random(seed)
     faults = Faults(server, deployment, proxy, writer)
     producers = [Producer(deployment.load().spool) for _ in range(3)]
     ledger = Ledger()

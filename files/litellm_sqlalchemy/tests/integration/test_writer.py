@@ -424,8 +424,8 @@ def test_large_payloads_need_bounded_memory(
 def test_a_gateway_process_that_dies_leaves_interrupted_calls(
     database: Database, deployment: Deployment, writer: WriterProcess
 ) -> None:
-    from support.records import request
     from litellm_sqlalchemy.identifiers import uuid7
+    from support.records import request
 
     ledger = Ledger()
     producer = Producer(deployment.load().spool)

@@ -27,7 +27,12 @@ def check(ledger: Ledger, database: Database, spool: Path, *, killed: bool = Fal
 
 
 def judge(
-    ledger: Ledger, rows: list[tuple[Record, str]], spool: Path, *, killed: bool = False, status: SpoolStatus | None = None
+    ledger: Ledger,
+    rows: list[tuple[Record, str]],
+    spool: Path,
+    *,
+    killed: bool = False,
+    status: SpoolStatus | None = None,
 ) -> SpoolStatus:
     """The same for rows that were read already: record and status (of a response, otherwise empty)."""
     status = status or spool_status(spool)
@@ -79,7 +84,9 @@ def dead(spool: Path) -> set[Record]:
         data = base64.b64decode(json.loads(file.read_text())["frame"])
         [(frame, _)] = frames.decode(data, complete=True)
         assert isinstance(frame, Frame), f"{file} holds no frame"
-        result.add((frame.kind, str(orjson.loads(frame.metadata).get("id") or orjson.loads(frame.metadata)["request_id"])))
+        result.add(
+            (frame.kind, str(orjson.loads(frame.metadata).get("id") or orjson.loads(frame.metadata)["request_id"]))
+        )
     return result
 
 

@@ -54,7 +54,7 @@ def response(identifier: str, **changes: Any) -> bytes:
 
 def pairs(count: int, payload: bytes = BODY) -> list[Frame]:
     """Return the frames of `count` calls, numbered as one producer does."""
-    frames = []
+    frames: list[Frame] = []
     for _ in range(count):
         identifier = uuid7().hex
         frames.append(Frame(Kind.REQUEST, len(frames) + 1, request(identifier), payload))
