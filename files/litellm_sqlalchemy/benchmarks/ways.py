@@ -10,9 +10,9 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from functools import partial
 from io import BytesIO
-from datetime import UTC, datetime
 from pathlib import Path
 from uuid import UUID
 

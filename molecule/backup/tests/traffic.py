@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import orjson
+
 from litellm_sqlalchemy.frames import Kind
 from litellm_sqlalchemy.identifiers import uuid7
 from litellm_sqlalchemy.settings import SpoolSettings

@@ -295,13 +295,13 @@ class Validation:
         marker = f"litellm-sqlalchemy validate {uuid.uuid4()}"
         body = {"model": validation.model, "messages": [{"role": "user", "content": marker}], "max_tokens": 16}
         key = validation.gateway_key_file.read_text().strip() if validation.gateway_key_file else ""
-        call = urllib.request.Request(  # noqa: S310  the URL is the operator's own
+        call = urllib.request.Request(
             f"{url.rstrip('/')}/v1/chat/completions",
             json.dumps(body).encode(),
             {"Content-Type": "application/json", "Authorization": f"Bearer {key}"},
         )
         try:
-            with urllib.request.urlopen(call, timeout=30) as answer:  # noqa: S310
+            with urllib.request.urlopen(call, timeout=30) as answer:
                 call_id, content = answer.headers["x-litellm-call-id"], json.load(answer)
         except urllib.error.HTTPError as error:
             raise CheckFailed(f"{url} answered {error.code}", "journalctl -u 'litellm@*'") from None

@@ -148,7 +148,7 @@ class Writer:
         limit = self._settings.retry_delay_max
         if error.cause in (ErrorClass.PAUSE, ErrorClass.SCHEMA):
             limit = max(limit, _PAUSE)
-        return float(min(limit, _FIRST_DELAY * 2.0 ** min(attempt - 1, 16))) * random.uniform(0.5, 1)  # noqa: S311  jitter
+        return float(min(limit, _FIRST_DELAY * 2.0 ** min(attempt - 1, 16))) * random.uniform(0.5, 1)
 
     def _wait(self, seconds: float) -> bool:
         """Wait; return False when the writer shall stop."""

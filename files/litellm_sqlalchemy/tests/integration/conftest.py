@@ -8,9 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-from litellm_sqlalchemy.migrate import migrate
-from support.gateway_fixtures import (  # noqa: F401  fixtures
+from support.gateway_fixtures import (
     gateway,
     gateway_database,
     gateway_deployment,
@@ -20,6 +18,8 @@ from support.gateway_fixtures import (  # noqa: F401  fixtures
 )
 from support.postgresql import Database, Server
 from support.processes import Deployment, WriterProcess
+
+from litellm_sqlalchemy.migrate import migrate
 
 _TEMPLATE = "migrated_template"
 _numbers = itertools.count(1)

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 from psycopg2.extras import RealDictCursor
-
-from litellm_sqlalchemy.identifiers import time_of
 from support.cases import CASES, Case, differences, table
 from support.clients import Clients
 from support.gateway import Gateway
 from support.postgresql import Database
 from support.upstream import Upstream
 from support.waiting import wait_until
+
+from litellm_sqlalchemy.identifiers import time_of
 
 DOCUMENT = Path(__file__).parents[4] / "docs" / "calls.md"
 #: Columns that identify a row or say when it was made: checked by rules of their own.

@@ -2,15 +2,16 @@
 
 import json
 
-from litellm_sqlalchemy.frames import Kind
-from litellm_sqlalchemy.identifiers import uuid7
-from litellm_sqlalchemy.spool import REQUEUED_FILE, Producer
-from litellm_sqlalchemy.status import spool_status
 from support.oracle import check
 from support.postgresql import Database
 from support.processes import Deployment, WriterProcess
 from support.records import BODY, Ledger, request, response
 from support.waiting import wait_until
+
+from litellm_sqlalchemy.frames import Kind
+from litellm_sqlalchemy.identifiers import uuid7
+from litellm_sqlalchemy.spool import REQUEUED_FILE, Producer
+from litellm_sqlalchemy.status import spool_status
 
 
 def _refused(deployment: Deployment, database: Database) -> tuple[Ledger, list[str]]:

@@ -9,7 +9,6 @@ from typing import Any
 
 import httpx
 import pytest
-
 from support.clients import Clients
 from support.gateway import Gateway
 from support.keys import MASTER_KEY, OPAQUE_KEY, PROVIDER_KEY, USER_KEY
@@ -173,7 +172,9 @@ def _seen(gateway: Gateway, path: str, body: bytes, key: str) -> tuple[int, dict
     headers = {"authorization": f"Bearer {key}", "content-type": "application/json", "x-litellm-call-id": "same"}
     with httpx.Client(base_url=gateway.url, timeout=30) as client:
         answer = client.post(path, content=body, headers=headers)
-    changing = re.compile(r"(llm_provider-)?date|x-litellm-(response-duration|overhead-duration|timing|callback-duration).*")
+    changing = re.compile(
+        r"(llm_provider-)?date|x-litellm-(response-duration|overhead-duration|timing|callback-duration).*"
+    )
     return (
         answer.status_code,
         {name: value for name, value in answer.headers.items() if not changing.fullmatch(name)},

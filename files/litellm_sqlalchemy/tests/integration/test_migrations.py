@@ -6,12 +6,12 @@ import psycopg2
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
+from support.postgresql import Database, Server
+from support.processes import Deployment
 
 from litellm_sqlalchemy.database import connected
 from litellm_sqlalchemy.migrate import PRIVILEGES
 from litellm_sqlalchemy.models import Base
-from support.postgresql import Database, Server
-from support.processes import Deployment
 
 
 def _difference(deployment: Deployment) -> list[object]:

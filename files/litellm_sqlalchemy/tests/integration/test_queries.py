@@ -11,6 +11,8 @@ import orjson
 import pytest
 from sqlalchemy import Connection, text
 from sqlalchemy.dialects import postgresql
+from support.postgresql import Database, Server
+from support.processes import Deployment
 
 from litellm_sqlalchemy import queries
 from litellm_sqlalchemy.database import connected, make_engine
@@ -20,8 +22,6 @@ from litellm_sqlalchemy.models import Base
 from litellm_sqlalchemy.queries import Selection
 from litellm_sqlalchemy.store import Store
 from litellm_sqlalchemy.views import VIEWS, create_statements
-from support.postgresql import Database, Server
-from support.processes import Deployment
 
 _NOON = datetime(2026, 3, 10, 12, tzinfo=UTC)
 _KEY = "a" * 64

@@ -10,17 +10,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-
 from faults.proxy import FaultProxy, Toxics, fault_proxy
 from faults.syscalls import python
-from litellm_sqlalchemy.spool import Producer
-from litellm_sqlalchemy.status import spool_status
 from support.oracle import check
 from support.postgresql import Database, Server
 from support.processes import Deployment, WriterProcess
 from support.records import Ledger
 from support.send import read_ledger
 from support.waiting import wait_until
+
+from litellm_sqlalchemy.spool import Producer
+from litellm_sqlalchemy.status import spool_status
 
 _CALLS_AT_ONCE = 250
 
@@ -45,8 +45,8 @@ class Faults:
     def inject(self, source: random.Random) -> None:
         """Do one of them."""
         faults: list[Callable[[], None]] = [
-            self.reset, self.reset, self.reset, self.slow, self.mend, self.mend, self.partition, self.kill_writer, self.stop_writer,
-            self.restart_server, self.kill_server, self.kill_gateway, self.kill_gateway, self.terminate_backends,
+            self.reset, self.reset, self.reset, self.slow, self.mend, self.mend, self.partition,
+            self.kill_writer, self.stop_writer, self.restart_server, self.kill_server, self.kill_gateway, self.kill_gateway, self.terminate_backends,
         ]  # fmt: skip
         fault = source.choice(faults)
         self.seen[fault.__name__] = self.seen.get(fault.__name__, 0) + 1

@@ -1,4 +1,4 @@
-"""Delivery into real tables: each frame once, whatever happens to the connection, and what cannot be stored stands alone."""
+"""Delivery into real tables: each frame once, whatever the connection does; what cannot be stored stands alone."""
 
 import base64
 import json
@@ -10,20 +10,20 @@ from typing import Any
 import orjson
 import psycopg2
 import pytest
+from faults.proxy import FaultProxy, fault_proxy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import Engine, event
+from support.postgresql import Database, Server
+from support.processes import Deployment
+from support.records import pairs, request, response
 
-from faults.proxy import FaultProxy, fault_proxy
 from litellm_sqlalchemy.database import ErrorClass, make_engine
 from litellm_sqlalchemy.frames import Frame, Kind
 from litellm_sqlalchemy.identifiers import uuid7
 from litellm_sqlalchemy.models import Request, Response
 from litellm_sqlalchemy.records import TABLES, encode_payload
 from litellm_sqlalchemy.store import Store, Unavailable
-from support.postgresql import Database, Server
-from support.processes import Deployment
-from support.records import pairs, request, response
 
 
 @pytest.fixture
@@ -291,7 +291,8 @@ def test_error_of_no_known_class_is_not_poison_at_once(store: Store, database: D
     database.execute(
         "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS "
         "$$BEGIN RAISE 'no' USING ERRCODE = 'ZZ001'; END$$",
-        "CREATE TRIGGER refuse BEFORE INSERT ON requests FOR EACH ROW WHEN (NEW.model = 'odd') EXECUTE FUNCTION refuse()",
+        "CREATE TRIGGER refuse BEFORE INSERT ON requests FOR EACH ROW WHEN (NEW.model = 'odd') "
+        "EXECUTE FUNCTION refuse()",
     )
     frames = pairs(4)
     batch = [*frames, Frame(Kind.REQUEST, 9, request(uuid7().hex, model="odd"), b"")]

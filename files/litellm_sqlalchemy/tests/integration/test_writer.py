@@ -9,16 +9,16 @@ from pathlib import Path
 
 import psycopg2
 import pytest
-
 from faults.proxy import FaultProxy, Toxics, fault_proxy
-from litellm_sqlalchemy.frames import Kind
-from litellm_sqlalchemy.spool import Producer
-from litellm_sqlalchemy.status import spool_status
 from support.oracle import check
 from support.postgresql import Database, Server
 from support.processes import Deployment, WriterProcess
 from support.records import BODY, Ledger
 from support.waiting import wait_until
+
+from litellm_sqlalchemy.frames import Kind
+from litellm_sqlalchemy.spool import Producer
+from litellm_sqlalchemy.status import spool_status
 
 
 @pytest.fixture
@@ -424,8 +424,9 @@ def test_large_payloads_need_bounded_memory(
 def test_a_gateway_process_that_dies_leaves_interrupted_calls(
     database: Database, deployment: Deployment, writer: WriterProcess
 ) -> None:
-    from litellm_sqlalchemy.identifiers import uuid7
     from support.records import request
+
+    from litellm_sqlalchemy.identifiers import uuid7
 
     ledger = Ledger()
     producer = Producer(deployment.load().spool)

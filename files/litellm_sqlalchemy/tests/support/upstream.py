@@ -104,7 +104,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not self._misbehave(str(request.get("model", "ok")), body, stream):
             self._complete(answer, stream, request)
 
-    do_GET = do_POST  # noqa: N815  http.server looks for this name
+    do_GET = do_POST  # noqa: N815 - the name that http.server calls
 
     def _parsed(self, body: bytes) -> Json:
         if (self.headers.get("Content-Type") or "").startswith("multipart/"):

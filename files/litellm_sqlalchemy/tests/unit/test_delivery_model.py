@@ -14,6 +14,9 @@ import pytest
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from support.fakes import POISON, CrashError, FakeStore, crashing, kill
+from support.oracle import judge, tampered
+from support.records import BODY, Ledger, request, response
 
 from litellm_sqlalchemy import frames
 from litellm_sqlalchemy.consumer import Cursor, producers, read_state
@@ -23,9 +26,6 @@ from litellm_sqlalchemy.settings import Settings, SpoolSettings
 from litellm_sqlalchemy.spool import Producer
 from litellm_sqlalchemy.status import spool_status
 from litellm_sqlalchemy.writer import Writer
-from support.fakes import POISON, CrashError, FakeStore, crashing, kill
-from support.oracle import judge, tampered
-from support.records import BODY, Ledger, request, response
 
 #: Thousands of fsyncs are cheap in memory only.
 MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
