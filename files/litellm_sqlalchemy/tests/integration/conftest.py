@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.gateway_fixtures import (
+from support.gateway_fixtures import (  # noqa: F401 - fixtures
     gateway,
     gateway_database,
     gateway_deployment,

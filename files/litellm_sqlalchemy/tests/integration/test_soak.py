@@ -46,7 +46,8 @@ class Faults:
         """Do one of them."""
         faults: list[Callable[[], None]] = [
             self.reset, self.reset, self.reset, self.slow, self.mend, self.mend, self.partition,
-            self.kill_writer, self.stop_writer, self.restart_server, self.kill_server, self.kill_gateway, self.kill_gateway, self.terminate_backends,
+            self.kill_writer, self.stop_writer, self.restart_server,
+            self.kill_server, self.kill_gateway, self.kill_gateway, self.terminate_backends,
         ]  # fmt: skip
         fault = source.choice(faults)
         self.seen[fault.__name__] = self.seen.get(fault.__name__, 0) + 1

@@ -289,9 +289,9 @@ def promote(settings: Settings, port: int) -> str:
         _adopt(settings, int(identifier))
     return (
         f"The restored cluster is {settings.version}/{settings.cluster} now, and archives again. The data directory "
-        f"that it replaced is {old}: remove it when nothing of it is needed any more.\nNext: run site.yml, which puts the "
-        "present credentials in force, replay the gateways' spools (litellm-sqlalchemy replay --since TIME) and start "
-        "postgresql-backup-base@full.service."
+        f"that it replaced is {old}: remove it when nothing of it is needed any more.\nNext: run site.yml, which puts "
+        "the present credentials in force, replay the gateways' spools (litellm-sqlalchemy replay --since TIME) and "
+        "start postgresql-backup-base@full.service."
     )
 
 
