@@ -69,7 +69,8 @@ def test_exactly_these_sockets_listen(host: Host, address: str) -> None:
 
 def test_the_validation_report_is_green(run: Run) -> None:
     report = json.loads(run("litellm-sqlalchemy", "validate", "--json"))
-    assert {check["status"] for check in report["checks"]} == {"ok"}
+    assert [check for check in report["checks"] if not check["ok"]] == []
+    assert len(report["checks"]) >= 17
 
 
 def test_a_chat_is_stored_as_it_was_said(chat: Chat, stored_call: StoredCall) -> None:
