@@ -105,7 +105,8 @@ def covered(command: str) -> bool:
     if program == "python":
         return (ROOT / words[1]).is_file()
     if program == "litellm-sqlalchemy":
-        text = (ROOT / "files/litellm_sqlalchemy/src/litellm_sqlalchemy/cli.py").read_text()
+        package = ROOT / "files/litellm_sqlalchemy/src/litellm_sqlalchemy"
+        text = "".join((package / name).read_text() for name in ("cli.py", "reports.py"))
         return len(words) > 1 and re.search(rf'add\(\s*"{words[1]}"', text) is not None
     return False
 

@@ -15,6 +15,8 @@ from support.gateway import INPUT_COST, OUTPUT_COST
 from support.keys import LIMITED_KEY, OPAQUE_KEY, POOR_KEY, USER_KEY
 from support.upstream import AUDIO, COMPLETION_TOKENS, PROMPT_TOKENS, TEXT
 
+from litellm_sqlalchemy.redaction import REDACTION_VERSION
+
 Rule = Callable[[Any, Clients], bool]
 
 
@@ -102,7 +104,7 @@ REQUEST: Json = {
     "origin": "client", "calls": 1, "method": "POST", "endpoint": "/v1/chat/completions", "call_type": "acompletion",
     "model": "ok", "stream": False, "key_hash": digest(USER_KEY), "key_alias": "alias-1", "user_id": "user-1",
     "team_id": "team-1", "organization_id": "organization-1", "client_address": "127.0.0.1", "user_agent": USER_AGENT,
-    "content_mode": "full", "redaction_version": 1, "payload_encoding": "json", "payload": sent, **_WIRE,
+    "content_mode": "full", "redaction_version": REDACTION_VERSION, "payload_encoding": "json", "payload": sent, **_WIRE,
 }  # fmt: skip
 RESPONSE: Json = {
     "status": "success", "status_code": 200, "model": "openai/ok", "provider": "openai", "deployment": "deployment-ok",
@@ -111,7 +113,7 @@ RESPONSE: Json = {
     "total_tokens": PROMPT_TOKENS + COMPLETION_TOKENS, "cached_tokens": 3, "reasoning_tokens": 2,
     "cost": PROMPT_TOKENS * INPUT_COST + COMPLETION_TOKENS * OUTPUT_COST, "duration_ms": number,
     "time_to_first_token_ms": number, "overhead_ms": perhaps, "attempt_count": 1, "content_mode": "full",
-    "redaction_version": 1, "payload_encoding": "json", "payload": received,
+    "redaction_version": REDACTION_VERSION, "payload_encoding": "json", "payload": received,
     "payload_size": lambda value, clients: value == clients.response.num_bytes_downloaded,
     "payload_digest": of_the_answer,
 }  # fmt: skip
