@@ -10,12 +10,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from litellm_sqlalchemy.redaction import REDACTION_VERSION
 from support.clients import USER_AGENT, Clients, Json
 from support.gateway import INPUT_COST, OUTPUT_COST
 from support.keys import LIMITED_KEY, OPAQUE_KEY, POOR_KEY, USER_KEY
 from support.upstream import AUDIO, COMPLETION_TOKENS, PROMPT_TOKENS, TEXT
-
-from litellm_sqlalchemy.redaction import REDACTION_VERSION
 
 Rule = Callable[[Any, Clients], bool]
 
@@ -104,7 +103,8 @@ REQUEST: Json = {
     "origin": "client", "calls": 1, "method": "POST", "endpoint": "/v1/chat/completions", "call_type": "acompletion",
     "model": "ok", "stream": False, "key_hash": digest(USER_KEY), "key_alias": "alias-1", "user_id": "user-1",
     "team_id": "team-1", "organization_id": "organization-1", "client_address": "127.0.0.1", "user_agent": USER_AGENT,
-    "content_mode": "full", "redaction_version": REDACTION_VERSION, "payload_encoding": "json", "payload": sent, **_WIRE,
+    "content_mode": "full", "redaction_version": REDACTION_VERSION, "payload_encoding": "json", "payload": sent,
+    **_WIRE,
 }  # fmt: skip
 RESPONSE: Json = {
     "status": "success", "status_code": 200, "model": "openai/ok", "provider": "openai", "deployment": "deployment-ok",
