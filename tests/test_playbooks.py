@@ -36,7 +36,7 @@ def test_the_documented_command_line_names_the_playbook(path):
 
 
 def test_site_only_imports_playbooks_in_order():
-    names = ["take-lock", "preflight", "postgresql", "backup", "litellm", "haproxy", "postgresql-retire-logins"]
+    names = ["take-lock", "preflight", "postgresql", "litellm", "haproxy", "postgresql-retire-logins"]
     names += ["validation", "release-lock"]
     imports = yaml.safe_load((ROOT / "site.yml").read_text())
     assert [entry["import_playbook"] for entry in imports] == [f"playbooks/{name}.yml" for name in names]
