@@ -272,7 +272,7 @@ def test_public_has_nothing_on_the_schema_public(sql, database):
 
 def test_every_login_has_a_connection_limit(sql):
     limits = dict(sql("SELECT rolname, rolconnlimit FROM pg_roles WHERE rolname ~ '^litellm.*_[ab]$'"))
-    assert limits.keys() == set(LOGINS)
+    assert limits.keys() == {*LOGINS, *BACKUP_LOGINS}
     assert all(1 <= limit <= 50 for limit in limits.values()), limits
 
 
