@@ -4,12 +4,19 @@ It prints one table; every figure in it is a ratio of runs that took turns, or s
 """
 
 import argparse
+import statistics
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
-from benchmarks import lookups, storing
+sys.path.append(str(Path(__file__).parents[1] / "tests"))  # the fault proxy
+
+from benchmarks import gateway, lookups, storing
 from benchmarks.cluster import Cluster, running_cluster
 
-PARTS = ("storing", "lookups")
+#: Enough for the hash index not to stand half empty after it has doubled, and for a day's sums to be few.
+_STORAGE_PAIRS = 50_000
+PARTS = ("gateway", "storing", "lookups")
 
 
 def main() -> None:
@@ -18,6 +25,8 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} (default: all)")
     parser.add_argument("--pairs", type=int, default=10_000, help="pairs to store per run (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="rounds, medians count (default: %(default)s)")
+    parser.add_argument("--calls", type=int, default=1000, help="calls to each gateway (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=10, help="of a throughput run (default: %(default)s)")
     parser.add_argument("--rows", type=int, default=200_000, help="pairs to look up in (default: %(default)s)")
     parser.add_argument("--days", type=int, default=30, help="days that these pairs are spread over (default: 30)")
     options = parser.parse_args()
@@ -45,9 +54,9 @@ def _storing(cluster: Cluster, options: argparse.Namespace) -> Iterator[tuple[st
     yield "memory of the writer, MB", f"{writer.memory:.0f}", "<= 80"
     fill = storing.median(runs["fill"])
     yield "callback, microseconds of CPU per call", f"{fill.client_cpu * 100:.0f}", "<= 100 (0.5 % of 20 ms)"
-    storing.run(cluster, "fill", options.pairs)
     cluster.empty()
-    storing.run(cluster, "writer", options.pairs)
+    storing.run(cluster, "fill", _STORAGE_PAIRS)
+    storing.run(cluster, "writer", _STORAGE_PAIRS)
     size = storing.storage(cluster)
     yield "bytes per pair: bodies", f"{size['bodies']:.0f}", ""
     yield "bytes per pair: tables + indexes", f"{size['tables']:.0f} + {size['indexes']:.0f}", ""
@@ -63,7 +72,40 @@ def _lookups(cluster: Cluster, options: argparse.Namespace) -> Iterator[tuple[st
     cluster.empty()
 
 
-_REPORTS = {"storing": _storing, "lookups": _lookups}
+def _gateway(cluster: Cluster, options: argparse.Namespace) -> Iterator[tuple[str, str, str]]:
+    with gateway.running_bench(cluster) as bench:
+        for state, toxics in gateway.STATES.items():
+            bench.proxy.toxics = toxics
+            bench.proxy.reset()
+            # the naive way waits for a database that is slow, call after call
+            kinds = gateway.KINDS if state != "slow" else gateway.KINDS[:2]
+            seconds = bench.latencies(options.calls, kinds)
+            for percent, limit in ((50, ""), (99, "<= 1")):
+                base = gateway.percentile(seconds["without"], percent)
+                for kind in kinds[1:]:
+                    added = (gateway.percentile(seconds[kind], percent) - base) * 1000
+                    name = f"database {state}: ms added to p{percent} of {base * 1000:.1f} ms, {kind} the log"
+                    yield name.replace("naive the log", "naive"), f"{added:.2f}", limit if kind == "with" else ""
+            loads: dict[str, list[gateway.Load]] = {kind: [] for kind in gateway.KINDS[:2]}
+            for number in range(2 * options.rounds):
+                for kind in gateway.KINDS[:2] if number % 2 else gateway.KINDS[1::-1]:
+                    loads[kind].append(bench.throughput(kind, options.seconds))
+            pairs = list(zip(loads["with"], loads["without"], strict=True))
+            ratio = statistics.median(one.calls_per_second / other.calls_per_second for one, other in pairs)
+            yield f"database {state}: throughput with the log to without", f"{ratio:.3f}", ">= 0.98"
+            cpu = statistics.median(one.cpu_per_call / other.cpu_per_call - 1 for one, other in pairs)
+            yield f"database {state}: CPU per call added in the gateway process, %", f"{cpu * 100:.2f}", "<= 0.5"
+        base_cpu = statistics.median(load.cpu_per_call for load in loads["without"])
+        yield "wall time in the log's hooks per call, microseconds", f"{bench.callback_seconds() * 1e6:.0f}", ""
+        yield "CPU per call of LiteLLM without the log, ms", f"{base_cpu * 1000:.1f}", ""
+        spent = storing.run(cluster, "fill", 2000).client_cpu / 10_000
+        yield "CPU per call of the log alone, microseconds", f"{spent * 1e6:.0f}", ""
+        yield "CPU of the log to LiteLLM's, %", f"{spent / base_cpu * 100:.2f}", "<= 0.5"
+        added_memory = bench.gateways["with"].memory() - bench.gateways["without"].memory()
+        yield "memory added to the gateway, MB", f"{added_memory:.0f}", "<= 20"
+
+
+_REPORTS = {"gateway": _gateway, "storing": _storing, "lookups": _lookups}
 
 if __name__ == "__main__":
     main()

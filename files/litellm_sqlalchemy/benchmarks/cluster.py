@@ -69,14 +69,16 @@ class Cluster:
 
     def empty(self) -> None:
         """Remove all rows and give every measurement the same start."""
-        self.query("TRUNCATE requests, responses")
+        self.query("TRUNCATE requests, responses, daily_usage")
         self.query("CHECKPOINT")
 
     def cpu_seconds(self) -> float:
         """Return the CPU time of the server with all its processes, those that have ended included."""
         postmaster = int((self._data / "postmaster.pid").read_text().split()[0])
         children = Path(f"/proc/{postmaster}/task/{postmaster}/children").read_text().split()
-        ticks = sum(_ticks(postmaster, (13, 14, 15, 16))) + sum(sum(_ticks(int(pid), (13, 14))) for pid in children)
+        ticks = sum(cpu_ticks(postmaster, (13, 14, 15, 16))) + sum(
+            sum(cpu_ticks(int(pid), (13, 14))) for pid in children
+        )
         return float(ticks / os.sysconf("SC_CLK_TCK"))
 
     def _connect(self, database: str) -> Any:
@@ -169,7 +171,7 @@ def running_cluster(more: str = "") -> Iterator[Cluster]:
         shutil.rmtree(directory)
 
 
-def _ticks(pid: int, fields: tuple[int, ...]) -> list[int]:
+def cpu_ticks(pid: int, fields: tuple[int, ...]) -> list[int]:
     """Return fields of /proc/PID/stat (proc(5), counted from 0), nothing for a process that is gone."""
     try:
         content = Path(f"/proc/{pid}/stat").read_text()

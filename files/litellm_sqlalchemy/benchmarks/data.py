@@ -119,7 +119,7 @@ def _sample(rng: random.Random) -> Sample:
         "response_cost": rng.random() / 1000, "hidden_params": {"litellm_overhead_time_ms": 2.5},
         "metadata": {"usage_object": answer["usage"]}, "model_map_information": _PRICE_MAP,
     }  # fmt: skip
-    data = {**body, "litellm_call_id": call_id, "litellm_trace_id": str(uuid.UUID(int=rng.getrandbits(128), version=4))}
+    data = {**body, "litellm_call_id": call_id}  # no trace id: clients send none by themselves
     return Sample(key, data, event, orjson.dumps(body), orjson.dumps(answer))
 
 

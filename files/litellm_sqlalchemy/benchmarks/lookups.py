@@ -50,8 +50,7 @@ def fill_tables(cluster: Cluster, pairs: int, days: int) -> None:
     cluster.empty()
     moment = _MOMENT.format(end=_END.isoformat(), pairs=pairs, seconds=days * 86400 / pairs)
     replaced = {"id": _ID.format(moment=moment), "request_id": _ID.format(moment=moment), "created_at": moment,
-                "call_id": "md5(number::text)::uuid::text", "trace_id": "md5('t' || number)::uuid::text",
-                "payload": "s.payload::text::jsonb"}  # fmt: skip
+                "call_id": "md5(number::text)::uuid::text", "payload": "s.payload::text::json"}  # fmt: skip
     for model in (Request, Response):
         name = model.__tablename__
         columns = [column.name for column in model.__table__.columns]

@@ -66,12 +66,12 @@ def median_ratio(runs: list[Run], base: list[Run], field: str) -> float:
 
 def storage(cluster: Cluster) -> dict[str, float]:
     """Return bytes per pair of the rows that are there: bodies as they came, heap with TOAST, indexes."""
-    cluster.query("VACUUM ANALYZE requests, responses")
+    cluster.query("VACUUM ANALYZE requests, responses, daily_usage")
     ((pairs, bodies),) = cluster.query(
         "SELECT count(*), sum(q.payload_size + p.payload_size) FROM requests q JOIN responses p ON p.request_id = q.id"
     )
     ((tables, indexes),) = cluster.query(
         "SELECT sum(pg_table_size(oid)), sum(pg_indexes_size(oid)) FROM pg_class "
-        "WHERE relname IN ('requests', 'responses') AND relkind = 'r'"
+        "WHERE relname IN ('requests', 'responses', 'daily_usage') AND relkind = 'r'"
     )
     return {"bodies": float(bodies / pairs), "tables": float(tables / pairs), "indexes": float(indexes / pairs)}

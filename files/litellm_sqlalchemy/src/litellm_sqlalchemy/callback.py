@@ -27,6 +27,7 @@ def _guarded(hook: _Hook) -> _Hook:
 
     @functools.wraps(hook)
     async def guarded(self: "RequestLogger", *arguments: Any, **keywords: Any) -> Any:
+        started = time.perf_counter()
         try:
             return await hook(self, *arguments, **keywords)
         except _Refused as error:
@@ -34,6 +35,8 @@ def _guarded(hook: _Hook) -> _Hook:
         except Exception:
             self.recorder.fail(hook.__name__)
             return None
+        finally:
+            self.recorder.spent(started)
 
     return guarded  # type: ignore[return-value]
 

@@ -23,8 +23,9 @@ import orjson
 
 from litellm_sqlalchemy.frames import Kind
 from litellm_sqlalchemy.identifiers import uuid7
-from litellm_sqlalchemy.redaction import REDACTION_VERSION, redact, scrubbed, without_secrets
-from litellm_sqlalchemy.settings import Settings
+from litellm_sqlalchemy.policy import Policy
+from litellm_sqlalchemy.redaction import REDACTION_VERSION, redact, scrubbed, without_messages
+from litellm_sqlalchemy.settings import Mode, Settings
 from litellm_sqlalchemy.spool import Producer
 
 _log = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ def milliseconds(value: object) -> float | None:
 
 
 class Body:
-    """Bytes that pass by: their count, digest and, up to a limit, themselves."""
+    """Bytes that pass by: their count, up to a limit themselves, and beyond it their digest."""
 
     __slots__ = ("_chunks", "_digest", "_kept", "_limit", "size")
 
@@ -73,12 +74,16 @@ class Body:
         self._kept = 0
         self._limit = limit
         self._chunks: list[bytes] = []
-        self._digest = hashlib.sha256()
+        self._digest: Any = None  # of all bytes, once there are more than are kept
 
     def add(self, chunk: bytes) -> None:
         """Take note of a chunk."""
         self.size += len(chunk)
-        self._digest.update(chunk)
+        if self._digest is not None:
+            self._digest.update(chunk)
+        elif self.size > self._limit:
+            self._digest = hashlib.sha256(self.content())
+            self._digest.update(chunk)
         if self._kept < self._limit:
             kept = chunk[: self._limit - self._kept]
             self._kept += len(kept)
@@ -86,7 +91,9 @@ class Body:
 
     def content(self) -> bytes:
         """Return what is kept."""
-        return self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
+        if len(self._chunks) != 1:
+            self._chunks = [b"".join(self._chunks)]
+        return self._chunks[0]
 
     @property
     def truncated(self) -> bool:
@@ -95,7 +102,9 @@ class Body:
 
     def digest(self) -> str | None:
         """Return the SHA-256 of all of it, hexadecimal."""
-        return self._digest.hexdigest() if self.size else None
+        if not self.size:
+            return None
+        return str((self._digest or hashlib.sha256(self.content())).hexdigest())
 
 
 class Recorder:
@@ -105,26 +114,44 @@ class Recorder:
         """Take the policy; the spool is opened by the first record."""
         self.settings = settings
         self.content = settings.content
+        self.policy = Policy(settings.content)
+        self.headers = frozenset(name.encode() for name in settings.content.headers)
         self.producer = Producer(settings.spool)
         self.failures = 0
         self.rejections = _Rejections(settings.content.rejected_rate)
 
-    def write(self, kind: Kind, metadata: dict[str, Any], payload: bytes, truncated: bool = False) -> bool:
-        """Append a record, its payload by policy; return whether it stands in the spool.
+    def write(
+        self,
+        kind: Kind,
+        mode: Mode,
+        metadata: dict[str, Any],
+        body: Body | None,
+        payload: bytes,
+        truncated: bool = False,
+    ) -> bool:
+        """Append a record, its content by `mode`; return whether it stands in the spool.
 
-        `truncated` says that the payload is only the beginning of what there was.
+        `truncated` says that the payload is only the beginning of what there was. The digest of `body` goes with it
+        where the payload, as it is written, is not that body.
         """
-        mode = self.content.mode
         truncated = truncated or len(payload) > self.content.max_payload_size
-        metadata["content_mode"] = mode
-        metadata["redaction_version"] = REDACTION_VERSION
+        if kind is Kind.REQUEST:
+            metadata["content_mode"] = mode
+            metadata["redaction_version"] = REDACTION_VERSION
         if mode != "full":
             payload = redact(payload) if mode == "redacted" and not truncated else b""
+            metadata = without_messages(metadata)
         payload = scrubbed(payload)
         if truncated and payload:
             metadata["payload_truncated"] = True
             payload = payload[: self.content.max_payload_size]
+        if body is not None and (body.truncated or payload != body.content()):
+            metadata["payload_digest"] = body.digest()
         return self.producer.append(kind, scrubbed(orjson.dumps(metadata)), payload)
+
+    def spent(self, since: float) -> None:
+        """Count the time that a hook took, since its `time.perf_counter()`."""
+        self.producer.seconds += time.perf_counter() - since
 
     def fail(self, what: str) -> None:
         """Count and log the exception at hand; the client's call goes on."""
@@ -174,15 +201,15 @@ class Call:
     __slots__ = (
         "_recorder", "_timer", "_written", "aborted", "accepted", "attempts", "call_id", "caller", "client",
         "content_encoding", "content_type", "data", "disconnected", "done", "ended_at", "endpoint", "error", "event",
-        "failed", "first_byte_at", "gateway", "id", "interrupted", "method", "noticed", "origin", "request", "response",
-        "session_id", "started", "started_at", "status_code", "streamed", "user_agent",
+        "failed", "first_byte_at", "gateway", "headers", "id", "interrupted", "method", "mode", "noticed", "origin",
+        "request", "response", "session_id", "started", "started_at", "status_code", "streamed", "user_agent",
     )  # fmt: skip
 
     def __init__(self, recorder: Recorder, gateway: str, origin: str = "client") -> None:
         self._recorder = recorder
         self._timer: TimerHandle | None = None
         self._written: bool | None = None  # whether the request record stands in the spool; None: not tried
-        limit = recorder.content.max_payload_size if recorder.content.mode != "metadata" else 0
+        limit = recorder.content.max_payload_size if recorder.policy.keeps_content else 0
         self.id = uuid7().hex
         self.gateway = gateway
         self.origin = origin
@@ -193,6 +220,7 @@ class Call:
         self.endpoint: str | None = None
         self.client: str | None = None
         self.user_agent: str | None = None
+        self.headers: dict[str, str] = {}  # those of the allow-list
         self.request = Body(limit)
         self.response = Body(limit)
         self.content_type = b""
@@ -208,6 +236,7 @@ class Call:
         self.accepted = False  # LiteLLM's pre-call hook was reached
         self.failed = False  # LiteLLM's post-call failure hook was reached
         self.done = False
+        self.mode: Mode = recorder.policy.strictest  # until LiteLLM has accepted its caller
         self.caller: dict[str, Any] = {}
         self.data: Mapping[str, Any] = {}
         self.attempts: list[dict[str, Any]] = []
@@ -264,17 +293,22 @@ class Call:
             "stream": False,
             "client_address": self.client if content.client_address else None,
             "user_agent": text(self.user_agent) if content.user_agent else None,
+            "headers": self.headers or None,
             "payload_size": self.request.size,
-            "payload_digest": self.request.digest(),
         }
         self._written = False
         try:
+            if self.accepted and self.caller:
+                get = self.caller.get
+                names = (get("key_hash"), get("key_alias"), get("team_id"), get("model"))
+                self.mode = self._recorder.policy.mode(*names)
             payload, truncated = self._request_payload()
-            payload = without_secrets(payload)
-            self._written = self._recorder.write(Kind.REQUEST, {**known, **self.caller}, payload, truncated)
+            self._written = self._recorder.write(
+                Kind.REQUEST, self.mode, {**known, **self.caller}, self.request, payload, truncated
+            )
         except Exception:  # something in the request that nobody thought of: the call itself is recorded all the same
             self._recorder.fail("the request record")
-            self._written = self._recorder.write(Kind.REQUEST, known, b"")
+            self._written = self._recorder.write(Kind.REQUEST, self.mode, known, self.request, b"")
 
     def conclude(self) -> None:
         """End the call where all is known: the exchange has ended and LiteLLM has told the outcome.
@@ -293,6 +327,7 @@ class Call:
         if self.done:
             return
         self.done = True
+        self._recorder.producer.calls += 1
         if self._timer is not None:
             self._timer.cancel()
         if self.accepted or self.event.get("status") == "success":
@@ -306,12 +341,13 @@ class Call:
         if not self._written:
             self._recorder.producer.skip()  # a response without its request fits no table: counted with it
             return
+        body = None if self.streamed else self.response
         try:
             payload, truncated = self._response_payload()
-            self._recorder.write(Kind.RESPONSE, self._response_metadata(), payload, truncated)
+            self._recorder.write(Kind.RESPONSE, self.mode, self._response_metadata(), body, payload, truncated)
         except Exception:
             self._recorder.fail("the response record")
-            self._recorder.write(Kind.RESPONSE, self._outcome(), b"")
+            self._recorder.write(Kind.RESPONSE, self.mode, self._outcome(), body, b"")
 
     def _status(self) -> str:
         if self.disconnected or self.event.get("error_code") == "499":
@@ -332,7 +368,6 @@ class Call:
             "duration_ms": milliseconds((self.ended_at - self.started) * 1000),
             "attempt_count": len(self.attempts),
             "payload_size": self.response.size,
-            "payload_digest": None if self.streamed else self.response.digest(),
         }
 
     def _response_metadata(self) -> dict[str, Any]:

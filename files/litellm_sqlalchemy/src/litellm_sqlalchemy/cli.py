@@ -16,12 +16,13 @@ import yaml
 
 from litellm_sqlalchemy import __version__, validate
 from litellm_sqlalchemy.dead_letters import read_letters, requeue
+from litellm_sqlalchemy.erase import erase
 from litellm_sqlalchemy.errors import ExitCode, LogError
 from litellm_sqlalchemy.migrate import migrate
 from litellm_sqlalchemy.replay import replay
 from litellm_sqlalchemy.reports import add_verbs
 from litellm_sqlalchemy.settings import SETTINGS_VARIABLE, LoggingSettings, Settings, as_mapping, load_settings
-from litellm_sqlalchemy.status import spool_status
+from litellm_sqlalchemy.status import spool_status, tables_status
 from litellm_sqlalchemy.writer import run_writer
 
 _EXIT_CODES = "exit codes: " + ", ".join(f"{code.value} {code.name.lower()}" for code in ExitCode)
@@ -65,12 +66,16 @@ def _parser() -> argparse.ArgumentParser:
     migrating = add("migrate", _migrate, "Bring tables and privileges up to date.")
     migrating.add_argument("--check", action="store_true", help="change nothing; exit 5 when there is something to do")
     add("write", _write, "Deliver the spool to PostgreSQL until stopped.")
-    add("status", _status, "Count what became of every event; exit 1 when any was lost.")
+    counting = add("status", _status, "Count what became of every event; exit 1 when any was lost or is not stored.")
+    counting.add_argument("--spool-only", action="store_true", help="do not compare with the tables")
     letters = add("dead-letters", _dead_letters, "List what PostgreSQL refused for good, or give it another chance.")
     letters.add_argument("action", nargs="?", choices=("list", "requeue"), default="list", help="default: list")
     letters.add_argument("id", nargs="*", help="letters to requeue; default: all")
     replaying = add("replay", _replay, "Store again what was delivered since a time, after a restore of the database.")
     replaying.add_argument("--since", type=_moment, required=True, metavar="TIME", help="2026-11-23T14:30:00+00:00")
+    erasing = add("erase", _erase, "Erase what is stored of a user; exit 1 when something of it is still under way.")
+    erasing.add_argument("--user", required=True, metavar="ID", help="owner of keys, or the `user` that clients name")
+    erasing.add_argument("--dry-run", action="store_true", help="only count")
     add("settings", _settings, "Print the settings in force.")
     add_verbs(add)
     return parser
@@ -104,11 +109,15 @@ def _write(settings: Settings, options: argparse.Namespace) -> int:
 
 def _status(settings: Settings, options: argparse.Namespace) -> int:
     status = spool_status(settings.spool.directory)
+    if not options.json:
+        print(status, flush=True)
+    tables = None if options.spool_only else tables_status(settings)
     if options.json:
-        _print(asdict(status))
-    else:
-        print(status)
-    return ExitCode.FAILED if status.dead or status.damaged or status.dropped else ExitCode.OK
+        _print({**asdict(status), "tables": asdict(tables) if tables else None})
+    elif tables:
+        print(tables)
+    lost = status.dead or status.damaged or status.dropped or (tables and not tables.agree)
+    return ExitCode.FAILED if lost else ExitCode.OK
 
 
 def _dead_letters(settings: Settings, options: argparse.Namespace) -> int:
@@ -137,6 +146,18 @@ def _replay(settings: Settings, options: argparse.Namespace) -> int:
         kept = f"{datetime.fromtimestamp(window, UTC):%Y-%m-%dT%H:%M:%S+00:00}"
         print(f"the spool keeps what was delivered since {kept} only (`spool.retain`)", file=sys.stderr)
     return ExitCode.FAILED if result.refused else ExitCode.OK
+
+
+def _erase(settings: Settings, options: argparse.Namespace) -> int:
+    result = erase(settings, options.user, dry_run=options.dry_run)
+    if options.json:
+        _print(asdict(result))
+    else:
+        print(f"{'would erase' if options.dry_run else 'erased'}: {result}")
+    if not result.complete:
+        left = f"{result.spooled} frames are not delivered yet and {result.running} calls have not ended"
+        print(f"{left}: run it again later", file=sys.stderr)
+    return ExitCode.OK if result.complete else ExitCode.FAILED
 
 
 def _moment(text: str) -> datetime:

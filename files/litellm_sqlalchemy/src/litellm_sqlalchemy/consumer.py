@@ -35,7 +35,7 @@ from litellm_sqlalchemy.spool import (
 from litellm_sqlalchemy.store import DeadLetter, Delivery
 
 #: Bytes read from a segment at once; a longer frame doubles it. A batch ends when it holds as much.
-_READ_SIZE = 4 * 1024 * 1024
+_READ_SIZE = 2 * 1024 * 1024
 
 
 @dataclass

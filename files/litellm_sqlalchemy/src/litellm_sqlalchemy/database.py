@@ -73,7 +73,10 @@ def one_line(error: BaseException) -> str:
     original = error.orig if isinstance(error, DBAPIError) else error
     lines = str(original).strip().splitlines() or [type(original).__name__]
     code = getattr(original, "pgcode", None)
-    return f"{lines[0]} (SQLSTATE {code})" if code else " ".join(line.strip() for line in lines)
+    message = f"{lines[0]} (SQLSTATE {code})" if code else " ".join(line.strip() for line in lines)
+    if "certificate" in message:  # libpq tells neither dates nor what is wrong with it
+        message += "; `litellm-sqlalchemy validate` tells about the certificate"
+    return message
 
 
 def connection_arguments(settings: DatabaseSettings, login: str, application: str) -> dict[str, Any]:
@@ -94,6 +97,9 @@ def connection_arguments(settings: DatabaseSettings, login: str, application: st
     }
     if settings.sslrootcert is not None:
         arguments["sslrootcert"] = str(settings.sslrootcert)
+    if settings.client_certificates is not None:
+        directory = settings.client_certificates / credential.user
+        arguments |= {"sslcert": str(directory / "client.crt"), "sslkey": str(directory / "client.key")}
     return arguments
 
 

@@ -56,10 +56,14 @@ def seed_of(producer: str) -> int:
     return crc32(producer.encode())
 
 
+def body_size(frame: Frame) -> int:
+    """Return the size of a frame's body in bytes."""
+    return _LENGTH.size + len(frame.metadata) + len(frame.payload)
+
+
 def encode(frame: Frame, seed: int = 0) -> bytes:
     """Return the bytes of a frame."""
-    body_length = _LENGTH.size + len(frame.metadata) + len(frame.payload)
-    head = _HEAD.pack(MAGIC, FORMAT_VERSION, frame.kind, frame.sequence, body_length)
+    head = _HEAD.pack(MAGIC, FORMAT_VERSION, frame.kind, frame.sequence, body_size(frame))
     length = _LENGTH.pack(len(frame.metadata))
     crc = crc32(frame.payload, crc32(frame.metadata, crc32(length, seed)))
     return b"".join((head, _CRCS.pack(crc32(head, seed), crc), length, frame.metadata, frame.payload))

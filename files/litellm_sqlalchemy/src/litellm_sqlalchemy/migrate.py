@@ -34,6 +34,7 @@ PRIVILEGES: dict[str, dict[str, tuple[str, ...]]] = {
     "maintainer": {
         "requests": ("SELECT", "DELETE", "MAINTAIN"),
         "responses": ("SELECT", "DELETE", "MAINTAIN"),
+        "daily_usage": ("SELECT", "INSERT", "UPDATE", "DELETE", "MAINTAIN"),
         "alembic_version": ("SELECT",),
     },
     "monitor": {"alembic_version": ("SELECT",)},

@@ -51,6 +51,11 @@ class Monitor:
         self._events = Gauge(
             f"{prefix}gateway_frames", "Frames of the living gateway processes", ["fate"], registry=registry
         )
+        self._callback = Gauge(
+            f"{prefix}callback_seconds", "Time that the hooks of the living gateway processes took", registry=registry
+        )
+        self._calls = Gauge(f"{prefix}callback_calls", "Calls that they took it for", registry=registry)
+        self._letters = Gauge(f"{prefix}dead_letters", "Dead letters that wait to be requeued", registry=registry)
         self._spool_bytes = Gauge(f"{prefix}spool_bytes", "Size of the spool's segments", registry=registry)
         self._oldest = Gauge(
             f"{prefix}spool_oldest_timestamp_seconds",
@@ -102,6 +107,9 @@ class Monitor:
         counters = [read_counters(directory / "producers" / name) for name in producers(directory)]
         for fate in ("received", "dropped"):
             self._events.labels(fate).set(sum(counter.get(fate, 0) for counter in counters))
+        self._callback.set(sum(counter.get("seconds", 0) for counter in counters))
+        self._calls.set(sum(counter.get("calls", 0) for counter in counters))
+        self._letters.set(sum(1 for _ in directory.glob("dead/*.json")))
         segments = list(segment_sizes(directory))
         self._spool_bytes.set(sum(size for _file, size in segments))
         self._oldest.set(min((file.stat().st_mtime for file, size in segments if size), default=0))

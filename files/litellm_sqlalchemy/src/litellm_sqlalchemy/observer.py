@@ -62,9 +62,11 @@ class CallObserver:
             call.aborted = True  # the server will cut the connection: not the client's doing
             raise
         finally:
+            started = time.perf_counter()
             self._close(call, last_byte_sent)
             if call.done:
                 await self._recorder.producer.synced()
+            self._recorder.spent(started)
 
     def _open(self, scope: MutableMapping[str, Any]) -> Call | None:
         try:
@@ -83,6 +85,8 @@ class CallObserver:
                     call.call_id = value.decode("latin-1")[:256]
                 elif name == b"x-litellm-session-id":
                     call.session_id = value.decode("latin-1")
+                if name in self._recorder.headers:
+                    call.headers[name.decode("latin-1")] = value.decode("latin-1")[:512]
         except Exception:
             self._recorder.fail("the observer")
             call = None

@@ -6,31 +6,72 @@ the time: ids are UUIDv7, so an index on the id finds the range, and partitions 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Connection, Float, Select, case, cast, func, literal_column, select
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    Connection,
+    Date,
+    Float,
+    Select,
+    case,
+    cast,
+    func,
+    literal_column,
+    select,
+)
 
 from litellm_sqlalchemy.identifiers import first_id_at
-from litellm_sqlalchemy.models import KEY_PREFIX_LENGTH, Request, Response
-from litellm_sqlalchemy.views import DAY, calls_view, measures
+from litellm_sqlalchemy.models import KEY_PREFIX_LENGTH, DailyUsage, Request, Response
+from litellm_sqlalchemy.views import calls_view
 
 Row = dict[str, Any]
 
 #: How far the time in a call's id may be from its `created_at`: clocks are set, health checks are recorded afterwards.
 _ID_TOLERANCE = timedelta(hours=1)
-#: What totals can be grouped by.
-DIMENSIONS: dict[str, ColumnElement[Any]] = {
-    "day": DAY,
-    "model": Request.model.expression,
-    "served_model": Response.model.expression,
-    "provider": Response.provider.expression,
-    "key": func.coalesce(Request.key_alias, Request.key_hash),
-    "user": Request.user_id.expression,
-    "team": Request.team_id.expression,
-    "endpoint": Request.endpoint.expression,
+
+
+def _dimensions(
+    calls: type[Request] | type[DailyUsage],
+    day: ColumnElement[Any],
+    served_model: ColumnElement[Any],
+    provider: ColumnElement[Any],
+) -> dict[str, ColumnElement[Any]]:
+    return {
+        "day": day,
+        "model": calls.model.expression,
+        "served_model": served_model,
+        "provider": provider,
+        "key": func.coalesce(calls.key_alias, calls.key_hash),
+        "user": calls.user_id.expression,
+        "team": calls.team_id.expression,
+        "endpoint": calls.endpoint.expression,
+    }
+
+
+#: What totals can be grouped by, and the same columns of `daily_usage`.
+DIMENSIONS = _dimensions(
+    Request,
+    cast(func.timezone(literal_column("'UTC'"), Request.created_at), Date),
+    Response.model.expression,
+    Response.provider.expression,
+)
+_DAILY_DIMENSIONS = _dimensions(
+    DailyUsage, DailyUsage.day.expression, DailyUsage.served_model.expression, DailyUsage.provider.expression
+)
+#: What is summed up over finished calls. `failures` has what failed or was interrupted, not what a client left.
+_SUMS: dict[str, ColumnElement[Any]] = {
+    "calls": Request.calls.expression,
+    "failures": case((Response.status.in_(("failure", "interrupted")), Request.calls), else_=0),
+    "prompt_tokens": Response.prompt_tokens.expression,
+    "completion_tokens": Response.completion_tokens.expression,
+    "total_tokens": Response.total_tokens.expression,
+    "cost": Response.cost.expression,
 }
+_DAILY_SUMS: dict[str, ColumnElement[Any]] = {name: DailyUsage.__table__.columns[name] for name in _SUMS}
 #: Percentiles of the times of answered calls, in milliseconds: name, column and fraction.
 _PERCENTILES = [
     (f"{prefix}_p{percent}", column, percent / 100)
@@ -66,22 +107,44 @@ class Selection:
         return conditions
 
     def _equalities(self) -> list[ColumnElement[bool]]:
-        conditions = [
-            column == value
-            for column, value in (
-                (Request.model, self.model),
-                (Request.key_hash, self.key),
-                (Request.user_id, self.user),
-                (Request.team_id, self.team),
-                (func.coalesce(Response.status, "running"), self.status),
-            )
-            if value is not None
-        ]
-        if self.key is not None:  # as the index has it
+        conditions = self._callers(Request)
+        if self.status is not None:
+            conditions.append(func.coalesce(Response.status, "running") == self.status)
+        if self.model is not None:  # as the index has it
+            zero: ColumnElement[int] = literal_column("0")
+            conditions.append(func.hashtextextended(Request.model, zero) == func.hashtextextended(self.model, zero))
+        if self.key is not None:
             conditions.append(
                 func.left(Request.key_hash, literal_column(str(KEY_PREFIX_LENGTH))) == self.key[:KEY_PREFIX_LENGTH]
             )
         return conditions
+
+    def _callers(self, calls: type[Request] | type[DailyUsage]) -> list[ColumnElement[bool]]:
+        """Return what holds for the calls of either table."""
+        return [
+            column == value
+            for column, value in (
+                (calls.model, self.model),
+                (calls.key_hash, self.key),
+                (calls.user_id, self.user),
+                (calls.team_id, self.team),
+            )
+            if value is not None
+        ]
+
+    def is_of_days(self) -> bool:
+        """Return whether `daily_usage` can tell: whole days (UTC), whatever the status."""
+        times = [time.astimezone(UTC) for time in (self.since, self.until) if time is not None]
+        return self.status is None and all(time.time() == datetime.min.time() for time in times)
+
+    def apply_to_days(self, query: Select[Any]) -> Select[Any]:
+        """Return a query on `daily_usage`, limited to these calls."""
+        conditions = self._callers(DailyUsage)
+        if self.since is not None:
+            conditions.append(DailyUsage.day >= self.since.astimezone(UTC).date())
+        if self.until is not None:
+            conditions.append(DailyUsage.day < self.until.astimezone(UTC).date())
+        return query.where(*conditions)
 
     def join(self) -> ColumnElement[bool]:
         """Return the condition that joins the responses, their ids bounded like those of the requests."""
@@ -123,21 +186,30 @@ def last_calls_query(selection: Selection, limit: int) -> Select[Any]:
 
 
 def totals(connection: Connection, by: Sequence[str], selection: Selection) -> list[Row]:
-    """Return calls, failures, tokens, cost and error rate per combination of `by`, names of DIMENSIONS."""
+    """Return finished calls, failures, tokens, cost and error rate per combination of `by`, names of DIMENSIONS.
+
+    Whole days (UTC) are read from `daily_usage`, where a day of any size is some hundred rows; other times, and a
+    `status`, from the calls themselves.
+    """
     return _rows(connection, totals_query(by, selection))
 
 
 def totals_query(by: Sequence[str], selection: Selection) -> Select[Any]:
     """Return the query of `totals`."""
-    dimensions = [DIMENSIONS[name].label(name) for name in by]
-    query = (
-        select(*dimensions, *measures(), _error_rate())
-        .select_from(Request)
-        .outerjoin(Response, selection.join())
-        .group_by(*dimensions)
-        .order_by(*dimensions)
-    )
-    return selection.apply(query)
+    if selection.is_of_days():
+        dimensions, sums = _DAILY_DIMENSIONS, _DAILY_SUMS
+        source = selection.apply_to_days(select().select_from(DailyUsage))
+    else:
+        dimensions, sums = DIMENSIONS, _SUMS
+        source = selection.apply(select().select_from(Request).join(Response, selection.join()))
+    groups = [dimensions[name].label(name) for name in by]
+    summed = {  # sums of integers are numeric
+        name: cast(func.coalesce(func.sum(column), 0), Float(53) if name == "cost" else BigInteger).label(name)
+        for name, column in sums.items()
+    }
+    rate = cast(summed["failures"].element, Float(53)) / func.nullif(summed["calls"].element, 0)
+    columns = (*groups, *summed.values(), rate.label("error_rate"))
+    return source.add_columns(*columns).group_by(*groups).order_by(*groups)
 
 
 def latencies(connection: Connection, by: Sequence[str], selection: Selection) -> list[Row]:
@@ -170,12 +242,6 @@ def errors(connection: Connection, selection: Selection) -> list[Row]:
         .order_by(count.desc(), *dimensions)
     )
     return _rows(connection, selection.apply(query))
-
-
-def _error_rate() -> ColumnElement[float]:
-    by_name = {measure.name: measure.element for measure in measures()}
-    finished = func.sum(case((Response.status.is_not(None), Request.calls), else_=0))
-    return (cast(by_name["failures"], Float(53)) / func.nullif(finished, 0)).label("error_rate")
 
 
 def _rows(connection: Connection, query: Select[Any]) -> list[Row]:

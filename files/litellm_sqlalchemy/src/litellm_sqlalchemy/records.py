@@ -6,7 +6,6 @@ costs a tenth of what an ORM flush costs, and the result goes through `COPY ... 
 
 import functools
 import ipaddress
-import json
 import re
 import struct
 from base64 import b64encode
@@ -16,6 +15,8 @@ from typing import Any
 import orjson
 from sqlalchemy import (
     ARRAY,
+    JSON,
+    REAL,
     BigInteger,
     Boolean,
     DateTime,
@@ -68,8 +69,12 @@ def _text(value: str) -> bytes:
     return _sized(str.encode(value))
 
 
-def _json(value: Any) -> bytes:
-    data = value if isinstance(value, bytes) else orjson.dumps(value)
+def _json(value: bytes) -> bytes:
+    return b"".join((_INT4(len(value)), value))
+
+
+def _jsonb(value: Any) -> bytes:
+    data = orjson.dumps(value)
     return b"".join((_INT4(len(data) + 1), b"\x01", data))
 
 
@@ -91,7 +96,8 @@ _TIME = _number("q")
 _ENCODERS: tuple[tuple[type[TypeEngine[Any]], Callable[[Any], bytes]], ...] = (
     (Uuid, lambda value: _sized(bytes.fromhex(value))),
     (DateTime, lambda value: _TIME(value - _EPOCH_2000)),
-    (JSONB, _json),
+    (JSONB, _jsonb),
+    (JSON, _json),
     (ARRAY, _array),
     (INET, _inet),
     (LargeBinary, lambda value: _sized(bytes.fromhex(value))),
@@ -99,6 +105,7 @@ _ENCODERS: tuple[tuple[type[TypeEngine[Any]], Callable[[Any], bytes]], ...] = (
     (BigInteger, _number("q")),
     (SmallInteger, _number("h")),
     (Integer, _number("i")),
+    (REAL, _number("f")),
     (Float, _number("d")),
     (Text, _text),
 )
@@ -202,39 +209,19 @@ def encode_row(frame: Frame, *, opaque: bool = False) -> bytes:
 
 
 def encode_payload(payload: bytes, truncated: bool = False, opaque: bool = False) -> tuple[str, bytes]:
-    """Return the encoding (see `models.PAYLOAD_ENCODINGS`) and the JSON text that `jsonb` accepts for a payload."""
+    """Return the encoding (see `models.PAYLOAD_ENCODINGS`) and the JSON text that stands for a payload."""
     if truncated:
         return "truncated", orjson.dumps(payload.decode(errors="replace").replace("\0", "\N{REPLACEMENT CHARACTER}"))
-    if not opaque and b"\\u0000" not in payload:
+    if not opaque and b"\\u0000" not in payload:  # which `json` takes and then fails to read
         try:
-            content = orjson.loads(payload)
+            orjson.loads(payload)
         except orjson.JSONDecodeError:
             pass
         else:
-            if not _repeats_a_key(payload, content):
-                return "json", payload
+            return "json", payload
     if not opaque and b"\0" not in payload:
         try:
             return "text", orjson.dumps(payload.decode())
         except UnicodeDecodeError:
             pass
     return "base64", b'"' + b64encode(payload) + b'"'
-
-
-def _repeats_a_key(payload: bytes, content: Any) -> bool:
-    """Return whether an object of a JSON text has a key twice: `jsonb` would keep the last and forget the others."""
-    try:
-        if orjson.dumps(content) == payload:
-            return False
-    except orjson.JSONEncodeError:  # nested too deep for it
-        pass
-
-    def check(pairs: list[tuple[str, Any]]) -> None:
-        if len({key for key, _ in pairs}) != len(pairs):
-            raise ValueError
-
-    try:
-        json.loads(payload, object_pairs_hook=check)
-    except (ValueError, RecursionError):  # or beyond what the standard library reads
-        return True
-    return False

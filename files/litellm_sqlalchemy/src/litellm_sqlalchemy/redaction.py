@@ -4,61 +4,89 @@ import re
 from typing import Any
 
 import orjson
+from ahocorasick_rs import BytesAhoCorasick
 
 #: Version of the rules below, stored with every row: raise it with every change of what they remove.
-REDACTION_VERSION = 2
+REDACTION_VERSION = 3
 _REDACTED = "[redacted]"
 #: Keys whose string values are no content: they stay readable in `redacted` mode.
 _KEPT_KEYS = frozenset(
     {"model", "role", "type", "object", "id", "finish_reason", "stop_reason", "tool_choice", "name", "code", "created"}
 )
-#: A member of a JSON object whose value is a credential, as clients may send them to LiteLLM; and what each holds.
-_SECRET = re.compile(
-    rb'("[\w-]*(?:(?:api|private|secret)[_-]?key|access[_-]key(?:[_-]id)?|secret|[_-]token|password|credentials|'
-    rb'authorization)"\s*:\s*)"(?:[^"\\]|\\.)*"',
-    re.IGNORECASE,
+#: What is kept of a guardrail's report where content is not.
+_GUARDRAIL_KEYS = ("guardrail_name", "guardrail_mode", "guardrail_status", "duration")
+#: Keys of JSON objects whose values are credentials, as clients send them to LiteLLM.
+_SECRET_KEYS = (
+    rb"[\w-]*(?:(?:api|private|secret)[_-]?key|access[_-]key(?:[_-]id)?|secret|[_-]token|password|credentials|"
+    rb"authorization)"
 )
-_SECRET_HINTS = tuple(
-    hint + b'"'
-    for ending in (b"ey", b"ey_id", b"ey-id", b"ecret", b"oken", b"assword", b"redentials", b"uthorization")
-    for hint in (ending, ending.upper())
-)
-
-
-#: Secrets that show by their shape: text that must be there, cheap to look for, and the whole shape.
-#: None of them reaches over the end of a JSON string.
-_SHAPES = tuple(
-    (hints, re.compile(pattern))
-    for hints, pattern in (
-        ((b"sk-",), rb"\bsk-[\w-]{16,}"),  # LiteLLM, OpenAI, Anthropic and their like
-        ((b"AKIA", b"ASIA"), rb"\bA[KS]IA[A-Z0-9]{16}\b"),  # Amazon
-        ((b"AIza",), rb"\bAIza[\w-]{30,}"),  # Google
-        ((b"gsk_", b"hf_", b"xai-", b"pplx-", b"r8_"), rb"\b(?:gsk_|hf_|xai-|pplx-|r8_)[A-Za-z0-9]{20,}"),
-        ((b"ghp_", b"gho_", b"ghs_", b"ghu_", b"github_pat_"), rb"\b(?:gh[posu]_|github_pat_)\w{20,}"),
-        ((b"glpat-", b"xox", b"hvs."), rb"\b(?:glpat-|xox[a-z]-|hvs\.)[\w-]{16,}"),  # GitLab, Slack, Vault
-        ((b"earer ", b"EARER "), rb"(?i:(?<=bearer )[\w~+/.=-]{16,})"),
-        ((b"eyJ",), rb"\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]{8,}"),  # JSON Web Token
-        ((b"://",), rb"""(?<=://)[^\s/@"'\\:]{0,128}:[^\s/@"'\\]{1,256}(?=@)"""),  # database URL
-        ((b"PRIVATE KEY",), rb'-----BEGIN [A-Z ]*PRIVATE KEY-----[^"]*?(?:-----END [A-Z ]*PRIVATE KEY-----|(?="))'),
-        ((b"SCRAM-SHA-256$",), rb"SCRAM-SHA-256\$\d+:[\w+/=]+\$[\w+/=]+:[\w+/=]+"),  # PostgreSQL's verifier
-        ((b"AGE-SECRET-KEY-",), rb"AGE-SECRET-KEY-1[A-Z0-9]{30,}"),
+_SECRET_KEY_ENDINGS = (b"ey", b"ey_id", b"ey-id", b"ecret", b"oken", b"assword", b"redentials", b"uthorization")
+#: What is removed: texts that must be there in lower case, the whole shape, and what stands in its place. The first two
+#: are values of keys, in JSON and in JSON within JSON, as the arguments of tools are: its quotes are escaped. The
+#: others show by their shape; none of them reaches over the end of a JSON string.
+_SECRETS = tuple(
+    (hints, re.compile(pattern), replacement)
+    for hints, pattern, replacement in (
+        (
+            tuple(ending + b'"' for ending in _SECRET_KEY_ENDINGS),
+            rb'(?i:("' + _SECRET_KEYS + rb'"\s*:\s*")(?:[^"\\]|\\.)*")',
+            rb'\1[redacted]"',
+        ),
+        (
+            tuple(ending + b"\\" for ending in _SECRET_KEY_ENDINGS),
+            rb'(?i:((\\+)"' + _SECRET_KEYS + rb'\2"\s*:\s*\2")[^"]{6,}?(\2"))',
+            rb"\1[redacted]\3",
+        ),
+        *(
+            (hints, pattern, b"[redacted]")
+            for hints, pattern in (
+                ((b"sk-",), rb"\bsk-[\w-]{16,}"),  # LiteLLM, OpenAI, Anthropic and their like
+                ((b"akia", b"asia"), rb"\bA[KS]IA[A-Z0-9]{16}\b"),  # Amazon
+                ((b"ccess_key",), rb"(?i:(?<=secret_access_key)[\s=:]{1,8})[\w+/=]{40}"),
+                ((b"aiza",), rb"\bAIza[\w-]{30,}"),  # Google
+                ((b"gsk_", b"hf_", b"xai-", b"pplx-", b"r8_"), rb"\b(?:gsk_|hf_|xai-|pplx-|r8_)[A-Za-z0-9]{20,}"),
+                ((b"ghp_", b"gho_", b"ghs_", b"ghu_", b"github_pat_"), rb"\b(?:gh[posu]_|github_pat_)\w{20,}"),
+                ((b"glpat-", b"xox", b"hvs."), rb"\b(?:glpat-|xox[a-z]-|hvs\.)[\w-]{16,}"),  # GitLab, Slack, Vault
+                ((b"bearer ",), rb"(?i:(?<=bearer )[\w~+/.=-]{16,})"),
+                ((b"eyj",), rb"\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]{8,}"),  # JSON Web Token
+                ((b"://",), rb"""(?<=://)[^\s/@"'\\:]{0,128}:[^\s/@"'\\]{1,256}(?=@)"""),  # database URL
+                (
+                    (b"private key",),
+                    rb'-----BEGIN [A-Z ]*PRIVATE KEY-----[^"]*?(?:-----END [A-Z ]*PRIVATE KEY-----|(?="))',
+                ),
+                ((b"scram-sha-256$",), rb"SCRAM-SHA-256\$\d+:[\w+/=]+\$[\w+/=]+:[\w+/=]+"),  # PostgreSQL's verifier
+                ((b"age-secret-key-",), rb"AGE-SECRET-KEY-1[A-Z0-9]{30,}"),
+            )
+        ),
     )
 )
+#: Finds all hints in one pass; of each, the place of its secret in `_SECRETS`.
+_HINTS = tuple((hint, place) for place, (hints, _, _) in enumerate(_SECRETS) for hint in hints)
+_SEARCH = BytesAhoCorasick([hint for hint, _ in _HINTS])
 
 
 def scrubbed(content: bytes) -> bytes:
-    """Return JSON, or any text, without the secrets that show by their shape."""
-    for hints, shape in _SHAPES:
-        if any(hint in content for hint in hints):
-            content = shape.sub(b"[redacted]", content)
+    """Return JSON, or any text, without the secrets that show by their shape or, in JSON, by the name of their key."""
+    for place in sorted({_HINTS[hint][1] for hint, *_ in _SEARCH.find_matches_as_indexes(content.lower(), True)}):
+        _, shape, replacement = _SECRETS[place]
+        content = shape.sub(replacement, content)
     return content
 
 
-def without_secrets(payload: bytes) -> bytes:
-    """Return a JSON request with the values of credentials replaced, in every mode; other bytes stay as they are."""
-    if not any(hint in payload for hint in _SECRET_HINTS):
-        return payload
-    return _SECRET.sub(rb'\1"[redacted]"', payload)
+def without_messages(metadata: dict[str, Any]) -> dict[str, Any]:
+    """Return a record's metadata without texts that may quote content: of errors, and what guardrails found."""
+    result = dict(metadata)
+    if result.get("error_message"):
+        result["error_message"] = _REDACTED
+    if result.get("attempts"):
+        result["attempts"] = [{**attempt, "error_message": _REDACTED} for attempt in result["attempts"]]
+    if result.get("guardrails"):
+        result["guardrails"] = [_guardrail(found) for found in result["guardrails"]]
+    return result
+
+
+def _guardrail(found: Any) -> dict[str, Any]:
+    return {key: found[key] for key in _GUARDRAIL_KEYS if key in found} if isinstance(found, dict) else {}
 
 
 def redact(payload: bytes) -> bytes:

@@ -48,18 +48,25 @@ def _with_csv(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def _with_selection(parser: argparse.ArgumentParser, since: str | None) -> argparse.ArgumentParser:
+    time = "24h, 7d (whole days) or ISO time"
     default = f" (default: {since})" if since else ""
-    parser.add_argument("--since", type=moment, default=since, metavar="TIME", help=f"24h, 7d or ISO time{default}")
-    parser.add_argument("--until", type=moment, metavar="TIME", help="24h, 7d or ISO time (default: now)")
+    parser.add_argument("--since", type=moment, default=since, metavar="TIME", help=f"{time}{default}")
+    parser.add_argument("--until", type=moment, metavar="TIME", help=f"{time} (default: now)")
     for name, what in (("model", "asked for"), ("key", "hash"), ("user", "id"), ("team", "id"), ("status", "")):
         parser.add_argument(f"--{name}", metavar=name.upper(), help=f"only this {name} {what}".rstrip())
     return _with_csv(parser)
 
 
 def moment(value: str) -> datetime:
-    """Return the moment that `24h` ago or an ISO date or time means; times without an offset are UTC."""
+    """Return the moment that `24h` ago, `7d` or an ISO date or time means; times without an offset are UTC.
+
+    Days and weeks are whole ones (UTC), today's included: `1d` is since midnight.
+    """
     if match := re.fullmatch(r"(\d+)([mhdw])", value):
-        return datetime.now(UTC) - timedelta(**{_UNITS[match[2]]: int(match[1])})
+        now, ago = datetime.now(UTC), timedelta(**{_UNITS[match[2]]: int(match[1])})
+        if match[2] in "mh":
+            return now - ago
+        return now.replace(hour=0, minute=0, second=0, microsecond=0) - max(ago - timedelta(days=1), timedelta())
     try:
         result = datetime.fromisoformat(value)
     except ValueError:

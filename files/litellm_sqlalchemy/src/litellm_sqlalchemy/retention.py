@@ -26,6 +26,7 @@ class Retention:
 
     def __init__(self, settings: SpoolSettings) -> None:
         """Take the limits; nothing is made before the first segment is kept."""
+        self._spool = settings.directory
         self._directory = settings.directory / "retired"
         self._seconds, self._size = settings.retain, settings.retain_size
         self._prune_at = 0.0
@@ -33,7 +34,7 @@ class Retention:
     def retire(self, segment: Path) -> None:
         """Keep a delivered segment, or remove it where that is not possible."""
         target = self._directory / segment.parent.name / segment.name
-        if self._seconds:
+        if self._seconds and not self._is_disk_full():
             try:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.utime(segment)
@@ -45,8 +46,8 @@ class Retention:
         segment.unlink()
 
     def prune(self, *, now: float | None = None) -> None:
-        """Remove what is too old or too much, at most once a minute."""
-        if time.monotonic() < self._prune_at and now is None:
+        """Remove what is too old or too much, once a minute, and at once when the disk gets full."""
+        if now is None and time.monotonic() < self._prune_at and not self._is_disk_full():
             return
         self._prune_at = time.monotonic() + _PRUNE_INTERVAL
         limit = (time.time() if now is None else now) - self._seconds
@@ -62,7 +63,7 @@ class Retention:
                 file.parent.rmdir()
 
     def _is_disk_full(self) -> bool:
-        usage = shutil.disk_usage(self._directory)
+        usage = shutil.disk_usage(self._spool)
         return usage.free < usage.total / _FREE_PART
 
 

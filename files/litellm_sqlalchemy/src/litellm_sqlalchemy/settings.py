@@ -6,12 +6,14 @@ are errors that name the file and the key. No secret is ever a setting: credenti
 
 import json
 import os
+import re
 import socket
+import subprocess
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from litellm_sqlalchemy.errors import SettingsError
 
@@ -52,6 +54,7 @@ class DatabaseSettings(_Section):
     sslmode: Literal["disable", "require", "verify-ca", "verify-full"] = "verify-full"
     sslrootcert: Path | None = Path("/etc/litellm-sqlalchemy/ca.crt")
     channel_binding: Literal["disable", "prefer", "require"] = "require"
+    client_certificates: Path | None = None
     connect_timeout: Annotated[int, Field(ge=2)] = 30
     pool_size: Size = 5
     max_overflow: Annotated[int, Field(ge=0)] = 5
@@ -84,13 +87,47 @@ class WriterSettings(_Section):
     listen: str | None = "127.0.0.1:9465"
 
 
+Mode = Literal["full", "redacted", "metadata"]
+#: A name, or with `*` at its end the beginning of names.
+Pattern = Annotated[str, Field(pattern=r"^[^*]+\*?$")]
+
+
+#: Headers that hold a credential, as clients send them to LiteLLM and it passes them on.
+_CREDENTIAL_HEADERS = re.compile(r"authorization|cookie|(^|-)key$|token|secret|password|credential|x-litellm-api-key")
+
+
+def _no_credential(name: str) -> str:
+    if _CREDENTIAL_HEADERS.search(name):
+        raise ValueError("a header that holds a credential is never kept")
+    return name
+
+
+def _no_key(name: str) -> str:
+    if name.startswith("sk-"):
+        raise ValueError
+    return name
+
+
+class PolicySettings(_Section):
+    """Modes of their own, by key (alias or SHA-256), team and model: the key's counts first, then team, then model.
+
+    Among names of one kind the exact one counts first, then the longest that ends in `*`.
+    """
+
+    keys: dict[Annotated[Pattern, AfterValidator(_no_key)], Mode] = {}
+    teams: dict[Pattern, Mode] = {}
+    models: dict[Pattern, Mode] = {}
+
+
 class ContentSettings(_Section):
     """What is kept of a call."""
 
-    mode: Literal["full", "redacted", "metadata"] = "full"
+    mode: Mode = "full"
+    policies: PolicySettings = PolicySettings()
     max_payload_size: Annotated[int, Field(ge=0, le=200_000_000)] = 1024 * 1024
     client_address: bool = True
     user_agent: bool = True
+    headers: list[Annotated[str, StringConstraints(to_lower=True), AfterValidator(_no_credential)]] = []
     rejected_rate: Positive = 10
     event_timeout: Positive = 60
 
@@ -177,6 +214,21 @@ def load_credential(settings: DatabaseSettings, name: str) -> Credential:
         raise SettingsError(f'credential file {file} must hold {{"user": "...", "password": "..."}}') from None
 
 
+def read_key(file: Path) -> str:
+    """Return the key in a file; one that ends in `.cred` is decrypted with systemd-creds, which takes root's rights.
+
+    Raises SettingsError, OSError.
+    """
+    if file.suffix != ".cred":
+        return file.read_text().strip()
+    command = ["systemd-creds", "decrypt", f"--name={file.stem}", str(file), "-"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        cause = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise SettingsError(f"key file {file} cannot be decrypted: {cause}")
+    return done.stdout.strip()
+
+
 def as_mapping(settings: Settings) -> dict[str, Any]:
     """Return the settings in force as plain values; there is no secret among them."""
     return settings.model_dump(mode="json")
@@ -190,4 +242,6 @@ def _first_problem(error: ValidationError) -> str:
         return f"unknown key `{key}`"
     if problem["type"] == "missing":
         return f"the key `{key}` is missing"
+    if problem["loc"][:3] == ("content", "policies", "keys"):  # somebody may have written the key itself there
+        return "`content.policies.keys` takes a key's alias or SHA-256 and full, redacted or metadata; never the key"
     return f"`{key}` is {problem['input']!r:.80}: {problem['msg']}"

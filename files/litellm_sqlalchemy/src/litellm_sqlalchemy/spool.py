@@ -26,6 +26,7 @@ import time
 from asyncio import AbstractEventLoop, Future, get_running_loop
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from litellm_sqlalchemy import frames
 from litellm_sqlalchemy.errors import LockedError, SpoolError, SpoolFull
@@ -219,6 +220,8 @@ class Producer:
         self.received = 0
         self.dropped = 0
         self.last_error = ""
+        self.calls = 0  # told by the callback: calls that have ended, and the seconds that its hooks took
+        self.seconds = 0.0
         self._thread = threading.Thread(target=self._sync_loop, name="litellm-sqlalchemy-sync", daemon=True)
         self._thread.start()
 
@@ -397,7 +400,7 @@ class Producer:
         failed = False
         for segment, count in zip(segments, counts, strict=True):
             try:
-                if self._settings.fsync != "never":
+                if self._settings.fsync != "never" and count:
                     segment.sync()
             except OSError as error:
                 failed = True
@@ -450,17 +453,23 @@ class Producer:
     def _write_counters(self) -> None:
         if self._counters is None:
             return
-        content = {"received": self.received, "dropped": self.dropped, "last_error": self.last_error[:200]}
+        content = {
+            "received": self.received,
+            "dropped": self.dropped,
+            "calls": self.calls,
+            "seconds": round(self.seconds, 6),
+            "last_error": self.last_error[:200],
+        }
         try:
             os.pwrite(self._counters, json.dumps(content).encode().ljust(_COUNTERS_SIZE), 0)
         except OSError as error:  # the disk's error shows at the next frame, too
             self.last_error = f"{error.strerror}"
 
 
-def read_counters(folder: Path) -> dict[str, int]:
+def read_counters(folder: Path) -> dict[str, Any]:
     """Return the counters that the process of a producer's folder wrote; nothing where there are none."""
     try:
-        content: dict[str, int] = json.loads((folder / "counters.json").read_bytes())
+        content: dict[str, Any] = json.loads((folder / "counters.json").read_bytes())
     except (OSError, ValueError):
         return {}
     return content

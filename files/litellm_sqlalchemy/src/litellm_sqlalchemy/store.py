@@ -6,9 +6,11 @@ a whole (23505); then it goes again through staging tables with ON CONFLICT DO N
 PostgreSQL cannot hold is halved until that row stands alone: its neighbours land, it becomes a dead letter.
 """
 
+import time
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import orjson
 import psycopg2
 from sqlalchemy import Engine, text
 from sqlalchemy.dialects import postgresql
@@ -17,8 +19,10 @@ from sqlalchemy.exc import DBAPIError
 from litellm_sqlalchemy.database import ErrorClass, classify, one_line, time_limit
 from litellm_sqlalchemy.errors import SettingsError
 from litellm_sqlalchemy.frames import Frame, Kind
+from litellm_sqlalchemy.identifiers import uuid7
 from litellm_sqlalchemy.migrate import current, problem_of
 from litellm_sqlalchemy.records import TABLES, RowReader, TableCopy
+from litellm_sqlalchemy.redaction import REDACTION_VERSION
 
 _DIALECT = postgresql.dialect()  # type: ignore[no-untyped-call]
 
@@ -59,14 +63,14 @@ class Store:
         """Take the engine whose login may insert, and the seconds after which a transaction is given up."""
         self.engine = engine
         self._time_limit = time_limit
-        self._schema_checked = False
+        self._tables_checked = False
 
     def deliver(self, frames: list[Frame], *, give_up_on_unknown: bool = False) -> Delivery:
         """Store a batch; return when every frame is stored or known to be impossible. Raises Unavailable.
 
         `give_up_on_unknown` treats an error of no known class as the row's fault.
         """
-        self._schema_checked = False
+        self._tables_checked = False
         return self._deliver(frames, give_up_on_unknown)
 
     def check_connection(self) -> None:
@@ -93,7 +97,7 @@ class Store:
             if cause is not ErrorClass.POISON and not (cause is ErrorClass.UNKNOWN and give_up_on_unknown):
                 raise Unavailable(cause, one_line(error)) from error
             if len(frames) == 1:
-                self._check_schema()
+                self._check_tables()
                 if opaque or not frames[0].payload:
                     return Delivery(dead=[DeadLetter(frames[0], one_line(error))])
                 return self._deliver(frames, give_up_on_unknown, opaque=True)  # maybe the payload alone is refused
@@ -101,21 +105,25 @@ class Store:
             first = self._deliver(frames[:half], give_up_on_unknown, staged=staged)
             return first + self._deliver(frames[half:], give_up_on_unknown, staged=staged)
 
-    def _check_schema(self) -> None:
-        """Raise Unavailable where it is the tables that do not fit, which is no fault of any row."""
-        if self._schema_checked:
+    def _check_tables(self) -> None:
+        """Raise Unavailable where the tables take no row at all, which is no fault of the one that was refused."""
+        if self._tables_checked:
             return
         try:
             with self.engine.connect() as connection:
                 problem = problem_of(current(connection))
+                if problem:
+                    raise Unavailable(ErrorClass.SCHEMA, problem)
+            self._transaction(_plain_call(), staged=False, opaque=False, keep=False)
         except (DBAPIError, psycopg2.Error, SettingsError, OSError) as error:
-            raise Unavailable(classify(error), one_line(error)) from error
-        if problem:
-            raise Unavailable(ErrorClass.SCHEMA, problem)
-        self._schema_checked = True
+            cause = classify(error)
+            if cause in (ErrorClass.POISON, ErrorClass.UNKNOWN):
+                cause = ErrorClass.PAUSE
+            raise Unavailable(cause, one_line(error)) from error
+        self._tables_checked = True
 
-    def _transaction(self, frames: list[Frame], staged: bool, opaque: bool) -> Delivery:
-        """Insert the rows of the frames in one transaction."""
+    def _transaction(self, frames: list[Frame], staged: bool, opaque: bool, *, keep: bool = True) -> Delivery:
+        """Insert the rows of the frames in one transaction, which is rolled back unless they are to be kept."""
         result = Delivery()
         with time_limit(self.engine, self._time_limit), self.engine.begin() as connection:
             cursor = connection.connection.cursor()
@@ -127,7 +135,26 @@ class Store:
                 inserted = (_insert_staged if staged else _copy)(cursor, TABLES[kind], reader)
                 dead = [DeadLetter(*misfit) for misfit in reader.misfits]
                 result += Delivery(inserted, len(of_kind) - len(dead) - inserted, dead)
+            if not keep:
+                connection.rollback()
         return result
+
+
+def _plain_call() -> list[Frame]:
+    """Return the frames of a call that the tables of every deployment can hold."""
+    call = uuid7().hex
+    common = {
+        "created_at": time.time_ns() // 1000,
+        "content_mode": "metadata",
+        "redaction_version": REDACTION_VERSION,
+        "payload_size": 0,
+    }
+    request = {"id": call, "gateway": "", "origin": "client", "calls": 1, "stream": False, **common}
+    response = {"request_id": call, "status": "interrupted", "attempt_count": 0, **common}
+    return [
+        Frame(kind, 0, orjson.dumps(metadata), b"")
+        for kind, metadata in ((Kind.REQUEST, request), (Kind.RESPONSE, response))
+    ]
 
 
 def _copy(cursor: Any, table: TableCopy, rows: RowReader, into: str = "") -> int:

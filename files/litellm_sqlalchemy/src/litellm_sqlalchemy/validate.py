@@ -19,12 +19,12 @@ import psycopg2
 from sqlalchemy import Connection, Engine, select, text
 from sqlalchemy.exc import DBAPIError
 
-from litellm_sqlalchemy.consumer import producers, read_state
+from litellm_sqlalchemy.consumer import Cursor, producers, read_state
 from litellm_sqlalchemy.database import connection_arguments, make_engine, one_line
 from litellm_sqlalchemy.errors import LockedError, LogError
 from litellm_sqlalchemy.migrate import current, missing_privileges, problem_of
 from litellm_sqlalchemy.models import Request, Response
-from litellm_sqlalchemy.settings import Settings
+from litellm_sqlalchemy.settings import Settings, read_key
 from litellm_sqlalchemy.spool import Lock, open_directory
 from litellm_sqlalchemy.status import spool_status
 
@@ -35,6 +35,9 @@ CERTIFICATE_DAYS = 14
 #: Seconds until a call made through the gateway has to be in the tables.
 STORED_WITHIN = 5.0
 _SSL_REQUEST = struct.pack(">ii", 8, 80877103)  # PostgreSQL protocol 3.0, message SSLRequest
+
+#: X509_V_FLAG_NO_CHECK_TIME (openssl/x509_vfy.h): the dates are what is asked for.
+_NO_CHECK_TIME = 0x200000
 
 #: What a role must not be able to do, by the name of its credential.
 _DENIED = {
@@ -102,6 +105,7 @@ class Validation:
             ("database.scram", self._scram),
             ("database.certificate", self._certificate),
             ("database.version", self._version),
+            ("database.checksums", self._checksums),
             ("schema.head", self._schema),
             ("privileges.exact", self._privileges),
             *((f"privileges.{name}_denied", lambda name=name: self._denied(name)) for name in _DENIED),
@@ -190,22 +194,36 @@ class Validation:
         return "SCRAM-SHA-256-PLUS: libpq insists on channel binding, which nothing else has"
 
     def _certificate(self) -> str:
-        ends = self._certificate_end()
-        days = (ends - datetime.now(UTC)).days
+        begins, ends = self._certificate_dates()
+        now = datetime.now(UTC)
+        days = (ends - now).days
+        if begins > now:
+            raise CheckFailed(f"server certificate begins {begins:%Y-%m-%d %H:%M} UTC only", "check both clocks")
         if days < CERTIFICATE_DAYS:
-            raise CheckFailed(f"server certificate ends {ends:%Y-%m-%d}, in {days} days", "run `site.yml` to renew it")
+            verb = "has ended" if ends < now else "ends"
+            seen = f"server certificate {verb} {ends:%Y-%m-%d}, in {days} days"
+            raise CheckFailed(seen, "run `site.yml` to renew it")
         return f"server certificate ends {ends:%Y-%m-%d}, in {days} days"
 
-    def _certificate_end(self) -> datetime:
+    def _certificate_dates(self) -> tuple[datetime, datetime]:
+        """Return begin and end of the server's certificate, whose issuer and name are verified."""
         database = self._settings.database
         context = ssl.create_default_context(cafile=str(database.sslrootcert) if database.sslrootcert else None)
+        context.verify_flags |= _NO_CHECK_TIME
         with socket.create_connection((database.host, database.port), timeout=10) as plain:
             plain.sendall(_SSL_REQUEST)
             if plain.recv(1) != b"S":
                 raise CheckFailed("the server offers no TLS", "set ssl = on")
-            with context.wrap_socket(plain, server_hostname=database.host) as secure:
-                certificate = secure.getpeercert() or {}
-        return datetime.fromtimestamp(ssl.cert_time_to_seconds(str(certificate["notAfter"])), UTC)
+            try:
+                with context.wrap_socket(plain, server_hostname=database.host) as secure:
+                    certificate = secure.getpeercert() or {}
+            except ssl.SSLCertVerificationError as error:
+                raise CheckFailed(
+                    f"server certificate of {database.host}:{database.port}: {error.verify_message}",
+                    f"run `site.yml`, or check it against `database.sslrootcert`, {database.sslrootcert}",
+                ) from None
+        begins, ends = (ssl.cert_time_to_seconds(str(certificate[name])) for name in ("notBefore", "notAfter"))
+        return datetime.fromtimestamp(begins, UTC), datetime.fromtimestamp(ends, UTC)
 
     def _version(self) -> str:
         with self._connect() as connection:
@@ -215,6 +233,23 @@ class Validation:
         if number < MINIMUM_SERVER_VERSION:
             raise CheckFailed(f"PostgreSQL {name}", "upgrade to PostgreSQL 17.11 or newer")
         return f"PostgreSQL {name}"
+
+    def _checksums(self) -> str:
+        with self._connect() as connection:
+            enabled, failures, last = connection.execute(
+                text(
+                    "SELECT current_setting('data_checksums')::boolean, checksum_failures, checksum_last_failure "
+                    "FROM pg_stat_database WHERE datname = current_database()"
+                )
+            ).one()
+        if not enabled:
+            raise CheckFailed("damaged pages would not be noticed", "stop PostgreSQL and run pg_checksums --enable")
+        if failures:
+            raise CheckFailed(
+                f"{failures} reads of damaged pages, the last one at {last:%Y-%m-%d %H:%M:%S}",
+                "find them with pg_amcheck, restore them from a backup, then SELECT pg_stat_reset()",
+            )
+        return "data checksums are on, no page has failed"
 
     def _schema(self) -> str:
         with self._connect() as connection:
@@ -281,7 +316,8 @@ class Validation:
         while time.monotonic() < deadline:
             _totals, cursors = read_state(directory)
             alive = set(producers(directory))
-            if all(name not in alive or cursors[name].sequence >= last for name, last in goal.items() if last):
+            reached = {name: cursors.get(name, Cursor()).sequence for name in goal}
+            if all(name not in alive or reached[name] >= last for name, last in goal.items() if last):
                 status = spool_status(directory)
                 if status.dead or status.dropped or status.damaged:
                     raise CheckFailed(str(status), "litellm-sqlalchemy status")
@@ -294,7 +330,7 @@ class Validation:
         validation = self._settings.validation
         marker = f"litellm-sqlalchemy validate {uuid.uuid4()}"
         body = {"model": validation.model, "messages": [{"role": "user", "content": marker}], "max_tokens": 16}
-        key = validation.gateway_key_file.read_text().strip() if validation.gateway_key_file else ""
+        key = read_key(validation.gateway_key_file) if validation.gateway_key_file else ""
         call = urllib.request.Request(
             f"{url.rstrip('/')}/v1/chat/completions",
             json.dumps(body).encode(),
@@ -318,7 +354,7 @@ class Validation:
 
     def _stored(self, call_id: str, body: Any, content: Any) -> bool:
         query = (
-            select(Request.payload, Response.payload)
+            select(Request.payload, Response.payload, Request.content_mode)
             .join(Response, Response.request_id == Request.id)
             .where(Request.call_id == call_id)
         )
@@ -327,7 +363,7 @@ class Validation:
         if row is None:
             return False
         for name, stored, sent in (("request", row[0], body), ("response", row[1], content)):
-            if stored is not None and stored != sent:
+            if row[2] == "full" and stored is not None and stored != sent:
                 raise CheckFailed(f"the stored {name} of call {call_id} differs from the one sent", "report it")
         return True
 

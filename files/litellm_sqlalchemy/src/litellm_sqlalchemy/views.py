@@ -1,12 +1,12 @@
-"""The views `calls` and `daily_usage`: what the readers select from the tables, for people who use SQL.
+"""The view `calls`: what the readers select from the tables, for people who use SQL.
 
-Both are the very selects that `queries` builds on. Migrations hold them as text, because a migration must not change
-when the code does; a test compares the two.
+It is the very select that `queries` builds on. Migrations hold it as text, because a migration must not change when the
+code does; a test compares the two.
 """
 
 from typing import Any
 
-from sqlalchemy import Connection, Date, Label, MetaData, Select, case, cast, event, func, literal_column, select, text
+from sqlalchemy import Connection, Label, MetaData, Select, event, func, select, text
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.orm import InstrumentedAttribute
 
@@ -42,48 +42,13 @@ def call_columns() -> list[InstrumentedAttribute[Any] | Label[Any]]:
     ]
 
 
-def measures() -> list[Label[Any]]:
-    """Return what is summed up over calls. `failures` has what failed or was interrupted, not what a client left."""
-    failed = case((Response.status.in_(("failure", "interrupted")), Request.calls), else_=0)
-    return [
-        func.sum(Request.calls).label("calls"),
-        func.sum(failed).label("failures"),
-        func.sum(Response.prompt_tokens).label("prompt_tokens"),
-        func.sum(Response.completion_tokens).label("completion_tokens"),
-        func.sum(Response.total_tokens).label("total_tokens"),
-        func.sum(Response.cost).label("cost"),
-    ]
-
-
-#: The day (UTC) that a call came in.
-DAY = cast(func.timezone(literal_column("'UTC'"), Request.created_at), Date)
-
-
 def calls_view() -> Select[Any]:
     """Return the definition of the view `calls`."""
     return select(*call_columns()).select_from(Request).outerjoin(Response, Response.request_id == Request.id)
 
 
-def daily_usage_view() -> Select[Any]:
-    """Return the definition of the view `daily_usage`."""
-    dimensions = (
-        DAY.label("day"),
-        Request.model,
-        Request.key_hash,
-        Request.key_alias,
-        Request.user_id,
-        Request.team_id,
-    )
-    return (
-        select(*dimensions, *measures())
-        .select_from(Request)
-        .outerjoin(Response, Response.request_id == Request.id)
-        .group_by(*dimensions)
-    )
-
-
 #: The views by name.
-VIEWS = {"calls": calls_view, "daily_usage": daily_usage_view}
+VIEWS = {"calls": calls_view}
 
 
 def create_statements() -> list[str]:

@@ -16,7 +16,6 @@ from litellm_sqlalchemy.errors import LogError
 from litellm_sqlalchemy.frames import Frame, Kind
 from litellm_sqlalchemy.migrate import schema_problem
 from litellm_sqlalchemy.monitoring import Health, Monitor
-from litellm_sqlalchemy.redaction import REDACTION_VERSION
 from litellm_sqlalchemy.retention import Retention
 from litellm_sqlalchemy.settings import Settings
 from litellm_sqlalchemy.store import Delivery, Store, Unavailable
@@ -163,8 +162,6 @@ def _interrupted(call: str) -> Frame:
         "created_at": time.time_ns() // 1000,
         "status": "interrupted",
         "attempt_count": 0,
-        "content_mode": "metadata",
-        "redaction_version": REDACTION_VERSION,
         "payload_size": 0,
     }
     return Frame(Kind.RESPONSE, 0, orjson.dumps(metadata), b"")

@@ -2,12 +2,12 @@
 
 import itertools
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from faults.disks import file_system
 from support.gateway_fixtures import (  # noqa: F401 - fixtures
     gateway,
     gateway_database,
@@ -16,6 +16,7 @@ from support.gateway_fixtures import (  # noqa: F401 - fixtures
     gateway_writer,
     upstream,
 )
+from support.harness import Harness
 from support.postgresql import Database, Server
 from support.processes import Deployment, WriterProcess
 
@@ -79,11 +80,15 @@ def writer(deployment: Deployment) -> Iterator[WriterProcess]:
 
 
 @pytest.fixture
+def harness(server: Server, database: Database, deployment: Deployment, writer: WriterProcess) -> Iterator[Harness]:
+    """Spool, writer and database of the test, with a ledger of what is sent."""
+    result = Harness(server, database, deployment, writer)
+    yield result
+    result.close()
+
+
+@pytest.fixture
 def small_disk() -> Iterator[Path]:
-    """A file system of 4 MB that every user can reach; it takes the privileges of a test container to mount one."""
-    place = Path(tempfile.mkdtemp(prefix="small-disk-"))
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m,mode=0755", "tmpfs", str(place)], check=True)
-    place.chmod(0o755)
-    yield place
-    subprocess.run(["umount", "--lazy", str(place)], check=True)
-    place.rmdir()
+    """A file system of 4 MB that every user can reach."""
+    with file_system(4) as place:
+        yield place

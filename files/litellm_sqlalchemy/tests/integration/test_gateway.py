@@ -2,6 +2,8 @@
 
 import re
 import signal
+import statistics
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
+from faults.proxy import Toxics, fault_proxy
 from support.clients import Clients
 from support.gateway import Gateway
 from support.keys import MASTER_KEY, OPAQUE_KEY, PROVIDER_KEY, USER_KEY
@@ -136,6 +139,58 @@ def test_database_down(gateway: Gateway, gateway_database: Database, upstream: U
     assert _outcomes(gateway_database, "database-down") == [("success", 200, 1)]
 
 
+@pytest.mark.timeout(480)
+def test_a_slow_or_missing_database_adds_nothing(  # F07, F08
+    gateway: Gateway, gateway_writer: WriterProcess, gateway_deployment: Deployment, gateway_database: Database,
+    server: Server,
+) -> None:  # fmt: skip
+    """Rounds take turns, so that what else the machine does hits all states alike."""
+    states = {
+        "well": Toxics(),
+        "2 s latency": Toxics(latency=2),
+        "50 kB/s": Toxics(bandwidth=50_000, slice=700),
+        "unreachable": Toxics(refuse=True),
+    }
+    seconds: dict[str, list[float]] = {state: [] for state in states}
+    with fault_proxy(server.port) as proxy:
+        _restart_on(gateway_writer, gateway_deployment, proxy.port)
+        try:
+            for _ in range(5):
+                for state, toxics in states.items():
+                    proxy.toxics = toxics
+                    if toxics.refuse:
+                        proxy.reset()
+                    seconds[state] += _durations(gateway.url, 20, "patient")
+        finally:
+            _restart_on(gateway_writer, gateway_deployment, server.port)
+    p95 = {state: statistics.quantiles(found, n=20)[18] for state, found in seconds.items()}
+    print({state: f"{statistics.median(found) * 1000:.1f} ms, p95 {p95[state] * 1000:.1f} ms"
+           for state, found in seconds.items()})  # fmt: skip
+    bound = 2 * p95["well"] + 0.05
+    assert max(p95.values()) < bound, "waiting for the database would take seconds"
+    assert min(_durations(gateway.url, 3, "waiting", "delay accept")) > bound, "a log that waits is seen"
+    calls = sum(map(len, seconds.values()))
+    wait_until(lambda: _counted(gateway_database, "patient") == (calls, calls, calls), "every call is stored")
+
+
+def _restart_on(writer: WriterProcess, deployment: Deployment, port: int) -> None:
+    writer.kill()  # to stop, it would finish its transaction, which takes its time
+    deployment.update(database={"port": port})
+    writer.start()
+
+
+def _durations(url: str, count: int, call_id: str, user_agent: str = "test") -> list[float]:
+    """Make calls one after the other; return the seconds that each took."""
+    headers = {"authorization": f"Bearer {USER_KEY}", "x-litellm-call-id": call_id, "user-agent": user_agent}
+    result = []
+    with httpx.Client(timeout=30) as client:
+        for _ in range(count):
+            started = time.perf_counter()
+            assert client.post(f"{url}{_CHAT}", json=_body(), headers=headers).status_code == 200
+            result.append(time.perf_counter() - started)
+    return result
+
+
 def test_no_secret_is_stored(
     gateway: Gateway, gateway_database: Database, gateway_directory: Path, upstream: Upstream
 ) -> None:
@@ -146,13 +201,15 @@ def test_no_secret_is_stored(
             clients.chat(key=key, extra_body={"api_key": "sk-own-one"})
     for number in range(len(secrets) - 1):
         wait_until(lambda number=number: _outcomes(gateway_database, f"secret-{number}"), "the call is stored")  # type: ignore[misc]
-    for table in ("requests", "responses"):
-        rows = "\n".join(row for (row,) in gateway_database.query(f"SELECT t::text FROM {table} t"))
-        assert [secret for secret in secrets if secret in rows] == []
+    tables = ("requests", "responses")
+    rows = "\n".join(row for table in tables for (row,) in gateway_database.query(f"SELECT t::text FROM {table} t"))
+    assert [secret for secret in secrets if secret in rows] == []
+    assert "secret-0" in rows, "the search finds what is there"
     files = [file for file in (gateway_directory / "spool").rglob("*") if file.is_file()]
     assert files
     content = b"".join(file.read_bytes() for file in files)
     assert [secret for secret in secrets if secret.encode() in content] == []
+    assert b"secret-0" in content, "the search finds what is there"
 
 
 @pytest.fixture(scope="module")
@@ -202,14 +259,17 @@ def test_the_client_sees_no_difference(gateway: Gateway, bare_gateway: Gateway) 
 
 @pytest.mark.timeout(300)
 def test_no_spool_at_boot_then_killed_then_stopped(
-    deployment: Deployment, database: Database, writer: WriterProcess, upstream: Upstream, tmp_path: Path
-) -> None:
-    """One gateway through three faults, because it takes its time to start."""
+    deployment: Deployment, database: Database, writer: WriterProcess, upstream: Upstream, server: Server,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """One gateway through its faults, because it takes its time to start."""
     spool = deployment.spool
     spool.rmdir()
+    server.stop()  # F05
     gateway = Gateway(tmp_path / "litellm", upstream.url, deployment).launch()
     try:
         gateway.wait()
+        server.start()
         without_spool = Clients(gateway.url, "without-spool", upstream)
         without_spool.chat()
         assert without_spool.response.status_code == 200

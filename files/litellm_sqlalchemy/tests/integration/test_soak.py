@@ -1,17 +1,25 @@
 """A soak: random faults at once, for as many events as the command line says, and the invariants at its end.
 
+Beside the events, which are driven at the spool, clients make real calls to a real gateway with the same database.
+
 pytest tests/integration/test_soak.py --events 1000000 --seed 7
 """
 
 import random
 import subprocess
+import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import pytest
 from faults.proxy import FaultProxy, Toxics, fault_proxy
 from faults.syscalls import python
+from support.gateway import Gateway
+from support.keys import USER_KEY
 from support.oracle import check
 from support.postgresql import Database, Server
 from support.processes import Deployment, WriterProcess
@@ -23,6 +31,7 @@ from litellm_sqlalchemy.spool import Producer
 from litellm_sqlalchemy.status import spool_status
 
 _CALLS_AT_ONCE = 250
+_CLIENTS = 8
 
 
 @pytest.fixture
@@ -88,11 +97,8 @@ class Faults:
         if self.senders:
             self.senders[-1][0].kill()
         file = self.deployment.directory / f"ledger-{len(self.senders)}"
-        tests = str(Path(__file__).parents[1])
-        environment = self.deployment.environment
-        environment["PYTHONPATH"] += f":{tests}"
         command = python("send.py", str(self.deployment.file), "2000", str(file))
-        self.senders.append((subprocess.Popen(command, env=environment), file))
+        self.senders.append((subprocess.Popen(command, env=self.deployment.test_environment), file))
         wait_until(file.exists, "the sender sends")
 
     def end(self) -> list[Ledger]:
@@ -104,16 +110,49 @@ class Faults:
         return [read_ledger(file) for _, file in self.senders]
 
 
+class RealCalls:
+    """Calls of several clients to a real gateway, from now until `end`."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        """Take the gateway."""
+        self.url = gateway.url
+        self.ids: list[str] = []
+        self.failed: list[str] = []
+        self._end = threading.Event()
+        self._pool = ThreadPoolExecutor(_CLIENTS)
+        self._clients = [self._pool.submit(self._call) for _ in range(_CLIENTS)]
+
+    def end(self, enough: int, seconds: float) -> None:
+        """Return when `enough` calls are made, or after `seconds`."""
+        until = time.monotonic() + seconds
+        while len(self.ids) < enough and not self._end.wait(0.2) and time.monotonic() < until:
+            pass
+        self._end.set()
+        for client in self._clients:
+            client.result(60)
+        self._pool.shutdown()
+
+    def _call(self) -> None:
+        headers = {"authorization": f"Bearer {USER_KEY}"}
+        body = {"model": "ok", "messages": [{"role": "user", "content": "soak"}]}
+        with httpx.Client(base_url=self.url, headers=headers, timeout=60) as http:
+            while not self._end.is_set():
+                call_id = f"soak-{uuid.uuid4()}"
+                answer = http.post("/v1/chat/completions", json=body, headers={"x-litellm-call-id": call_id})
+                (self.ids if answer.status_code == 200 else self.failed).append(call_id)
+
+
 @pytest.mark.timeout(3600)
 def test_soak(
     pytestconfig: pytest.Config, server: Server, database: Database, deployment: Deployment, proxy: FaultProxy,
-    writer: WriterProcess,
+    writer: WriterProcess, gateway: Gateway, gateway_database: Database,
 ) -> None:  # fmt: skip
     events, seed = pytestconfig.getoption("--events"), pytestconfig.getoption("--seed")
     source = random.Random(seed)
     faults = Faults(server, deployment, proxy, writer)
     producers = [Producer(deployment.load().spool) for _ in range(3)]
     ledger = Ledger()
+    real = RealCalls(gateway)
     writer.start()
     started, rounds = time.monotonic(), 0
     while ledger.received < events:
@@ -128,15 +167,22 @@ def test_soak(
     for producer in producers:
         producer.close()
     ledger.merge(faults.end())
+    real.end(enough=2000, seconds=60)
     writer.kill()
     writer.start()
     healed = time.monotonic()
     wait_until(lambda: spool_status(deployment.spool).spooled == 0, "drained after healing", 60 + events / 2000, 0.5)
     wait_until(lambda: not list((deployment.spool / "producers").iterdir()), "ended producers leave nothing", 60)
     status = check(ledger, database, deployment.spool, killed=True)
+    assert real.failed == []
+    assert len(real.ids) > 100
+    found = "SELECT call_id FROM requests JOIN responses ON request_id = id WHERE call_id LIKE 'soak-%'"
+    wait_until(lambda: len(gateway_database.query(found)) >= len(real.ids), "the real calls are stored", 60, 0.5)
+    assert sorted(call for (call,) in gateway_database.query(found)) == sorted(real.ids)
     print(
-        f"\n{status.received} events in {healed - started:.0f} s, drained {time.monotonic() - healed:.0f} s after, "
-        f"{status.duplicates} delivered again, {status.interrupted} interrupted, faults {faults.seen}, seed {seed}"
+        f"\n{status.received} events and {len(real.ids)} real calls in {healed - started:.0f} s, "
+        f"drained {time.monotonic() - healed:.0f} s after, {status.duplicates} delivered again, "
+        f"{status.interrupted} interrupted, faults {faults.seen}, seed {seed}"
     )
     assert (status.spooled, status.dead, status.damaged) == (0, 0, 0), f"seed {seed}"
     assert status.dropped == ledger.dropped == 0

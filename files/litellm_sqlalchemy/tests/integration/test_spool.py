@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from faults.disks import read_only
 from faults.syscalls import DISK, count_calls, python, strace
 from support.drain import drain
 from support.oracle import check
@@ -27,24 +28,18 @@ from litellm_sqlalchemy.status import spool_status
 _EACH = 5
 
 
-def _environment(deployment: Deployment) -> dict[str, str]:
-    tests = str(Path(__file__).parents[1])
-    environment = deployment.environment
-    return {**environment, "PYTHONPATH": f"{environment['PYTHONPATH']}:{tests}", "PYTHONDONTWRITEBYTECODE": "1"}
-
-
 def _places(counts: dict[str, int], config: pytest.Config) -> list[tuple[str, int]]:
     step = {name: 1 if config.getoption("--every-call") else -(-count // _EACH) for name, count in counts.items()}
     return [(name, place) for name, count in counts.items() for place in range(count, 0, -step[name])]
 
 
 @pytest.mark.timeout(1200)
-def test_a_gateway_process_killed_at_every_system_call(
+def test_a_gateway_process_killed_at_every_system_call(  # F36
     deployment: Deployment, database: Database, pytestconfig: pytest.Config
 ) -> None:
     """What was acknowledged is delivered, whatever call the process died in."""
     deployment.update(spool={"segment_size": 4096}, writer={"listen": None})
-    environment, total, killed = _environment(deployment), Ledger(), 0
+    environment, total, killed = deployment.test_environment, Ledger(), 0
     file = deployment.directory / "ledger"
     command = python("send.py", str(deployment.file), "8", str(file))
     counts = count_calls(command, DISK, environment, deployment.directory / "trace")
@@ -56,13 +51,14 @@ def test_a_gateway_process_killed_at_every_system_call(
         total.merge([read_ledger(file)])
     drain(deployment.load())
     status = check(total, database, deployment.spool, killed=True)
+    print(f"killed {killed} times in {counts}")
     assert killed >= 10
     assert status.spooled == status.dead == 0
     assert not [path for path in (deployment.spool / "producers").iterdir() if path.name[0] != "."]
 
 
 @pytest.mark.timeout(1200)
-def test_a_writer_killed_at_every_system_call(
+def test_a_writer_killed_at_every_system_call(  # F36
     deployment: Deployment, database: Database, pytestconfig: pytest.Config
 ) -> None:
     """A writer that dies in any call leaves what another one completes, each row once."""
@@ -76,7 +72,7 @@ def test_a_writer_killed_at_every_system_call(
         producer.close()
     full = deployment.directory / "full"
     shutil.copytree(deployment.spool, full)
-    environment, killed = _environment(deployment), 0
+    environment, killed = deployment.test_environment, 0
     command = python("drain.py", str(deployment.file))
     counts = count_calls(command, DISK, environment, deployment.directory / "trace")
     check(ledger, database, deployment.spool)
@@ -90,17 +86,18 @@ def test_a_writer_killed_at_every_system_call(
         status = check(ledger, database, deployment.spool)
         assert (status.spooled, status.interrupted) == (0, 2), (name, place)
         assert not list((deployment.spool / "producers").iterdir()), (name, place)
+    print(f"killed {killed} times in {counts}")
     assert killed >= 15
 
 
-@pytest.mark.parametrize("error", ["ENOSPC", "EIO"])
+@pytest.mark.parametrize("error", ["ENOSPC", "EIO", "EROFS"])
 @pytest.mark.parametrize(("call", "place"), [("write", 4), ("write", 7), ("fdatasync", 1), ("fdatasync", 2)])
-def test_a_call_that_fails_costs_what_was_counted(
+def test_a_call_that_fails_costs_what_was_counted(  # F47
     error: str, call: str, place: int, deployment: Deployment, database: Database
 ) -> None:
     """A failed write is a dropped frame; a failed fsync costs nothing while the machine lives."""
     deployment.update(writer={"listen": None})
-    environment = _environment(deployment)
+    environment = deployment.test_environment
     file = deployment.directory / "ledger"
     command = [*strace(f"error={error}", call, place), *python("send.py", str(deployment.file), "8", str(file))]
     subprocess.run(command, env=environment, check=True, timeout=60, capture_output=True)
@@ -112,12 +109,13 @@ def test_a_call_that_fails_costs_what_was_counted(
     assert status.delivered_requests + status.dropped >= 8
 
 
-def test_a_full_disk_drops_and_counts_and_recovers_by_itself(
+def test_a_full_disk_drops_and_counts_and_recovers_by_itself(  # F46
     small_disk: Path, deployment: Deployment, database: Database, writer: WriterProcess
 ) -> None:
     deployment.update(spool={"directory": str(small_disk), "segment_size": 256 * 1024})
     producer, ledger = Producer(deployment.load().spool), Ledger()
-    ledger.send(producer, 400, BODY + bytes(10_000).hex().encode())
+    large = BODY + bytes(10_000).hex().encode()
+    ledger.send(producer, 400, large)
     assert producer.dropped == ledger.dropped > 0
     assert read_counters(next((small_disk / "producers").iterdir()))["dropped"] == ledger.dropped
     files = len(list(small_disk.rglob("*.seg")))
@@ -127,12 +125,55 @@ def test_a_full_disk_drops_and_counts_and_recovers_by_itself(
     wait_until(lambda: spool_status(small_disk).spooled == 0, "the writer makes room on a disk without any", 40)
     time.sleep(1.1)  # the producer looks again after a second
     dropped = ledger.dropped
-    ledger.send(producer, 10)
+    for _ in range(10):
+        ledger.send(producer, 5, large)
+        wait_until(lambda: _free_part(small_disk) > 0.1, "delivered segments are not kept on a full disk", 40)
     assert ledger.dropped == dropped
     producer.close()
     wait_until(lambda: not list((small_disk / "producers").iterdir()), "all is delivered")
     assert check(ledger, database, deployment.spool).dropped == dropped
     assert writer.stop() == 0
+
+
+def _free_part(disk: Path) -> float:
+    usage = shutil.disk_usage(disk)
+    return usage.free / usage.total
+
+
+def test_a_read_only_file_system_drops_and_counts_and_recovers_by_itself(
+    small_disk: Path, deployment: Deployment, database: Database
+) -> None:
+    """Files that are open for writing keep it writable, so that it is remounted before the first frame."""
+    deployment.update(spool={"directory": str(small_disk), "segment_size": 65536}, writer={"listen": None})
+    spool = deployment.load().spool
+    producer, ledger = Producer(spool), Ledger()
+    refusing = Producer(spool.model_copy(update={"when_full": "refuse"}))
+    with read_only(small_disk):
+        ledger.send(producer, 5)
+        assert producer.dropped == ledger.dropped == 10
+        assert "not writable" in producer.last_error
+        with pytest.raises(SpoolError, match="not writable"):
+            refusing.check_space()
+        done = deployment.run("write")
+        assert (done.returncode, done.stderr.count("\n")) == (6, 1)
+        assert f"{small_disk} is not writable" in done.stderr
+    wait_until(lambda: _takes(refusing), "the producers look again")
+    ledger.send(producer, 5)
+    assert ledger.dropped == 10
+    producer.close()
+    refusing.close()
+    drain(deployment.load())
+    status = check(ledger, database, deployment.spool)
+    assert (status.delivered_requests, status.dropped) == (5, 10)
+
+
+def _takes(producer: Producer) -> bool:
+    """Return whether a producer that refuses what it cannot log accepts a call."""
+    try:
+        producer.check_space()
+    except SpoolError:
+        return False
+    return True
 
 
 @pytest.mark.parametrize("processes", [1, 3])

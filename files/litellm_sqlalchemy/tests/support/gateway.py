@@ -116,8 +116,7 @@ class Gateway:
     def launch(self) -> "Gateway":
         """Start the process and return at once."""
         environment = {
-            **self.deployment.environment,
-            "PYTHONPATH": f"{self.deployment.environment['PYTHONPATH']}:{Path(__file__).parents[1]}",
+            **self.deployment.test_environment,
             "LITELLM_MASTER_KEY": MASTER_KEY,
             "LITELLM_LOCAL_MODEL_COST_MAP": "True",
             "LITELLM_TELEMETRY_DISABLED": "true",

@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import inspect
+import time
 from contextvars import ContextVar
 from typing import Any
 
@@ -12,6 +13,9 @@ from litellm.litellm_core_utils.logging_worker import GLOBAL_LOGGING_WORKER
 from litellm.proxy import proxy_server
 
 from litellm_sqlalchemy import callback, calls, observer
+
+#: Seconds of `delay NAME`.
+DELAY = 1.0
 
 
 class _TwiceHook(CustomLogger):
@@ -27,13 +31,15 @@ twice = _TwiceHook()
 
 
 def _breakable(owner: Any, name: str) -> None:
-    """Make a function of the package raise in calls whose user agent says `break NAME`."""
+    """Make a function of the package raise in calls whose user agent says `break NAME`, and wait for `delay NAME`."""
     original = getattr(owner, name)
 
     def check() -> None:
         call = calls.current_call.get()
         if call is not None and call.user_agent == f"break {name}":
             raise RuntimeError(f"{name} is broken by the test")
+        if call is not None and call.user_agent == f"delay {name}":
+            time.sleep(DELAY)
 
     @functools.wraps(original)
     def broken(*arguments: Any, **keywords: Any) -> Any:

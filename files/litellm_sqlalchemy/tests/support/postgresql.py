@@ -7,9 +7,10 @@ import shutil
 import signal
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ LOGINS = {
     "monitor": ("litellm_monitor_a", "litellm_monitor"),
 }
 _CONFIGURATION = """
-listen_addresses = '127.0.0.1'
+listen_addresses = '{address}'
 port = {port}
 unix_socket_directories = '{directory}'
 ssl = on
@@ -42,7 +43,7 @@ log_min_messages = fatal
 """
 _HBA = """
 local   all postgres            peer map=tests
-hostssl all all      127.0.0.1/32 scram-sha-256
+hostssl all all      samenet  scram-sha-256
 """
 
 
@@ -64,9 +65,14 @@ def free_port() -> int:
 
 @dataclass
 class Server:
-    """A cluster in `directory`; the tests are its superuser through its Unix socket."""
+    """A cluster in `directory`; the tests are its superuser through its Unix socket.
+
+    `prefix` runs its programs in another network namespace, where it listens on `address`.
+    """
 
     directory: Path
+    address: str = "127.0.0.1"
+    prefix: Sequence[str] = ()
     port: int = field(default_factory=free_port)
     passwords: dict[str, str] = field(default_factory=lambda: {login: secrets.token_hex(8) for login in LOGINS})
 
@@ -80,23 +86,20 @@ class Server:
         """PGDATA."""
         return self.directory / "data"
 
-    def create(self) -> None:
-        """Make the cluster, start it and make the roles."""
+    def create(self, *options: str, configuration: str = "") -> None:
+        """Make the cluster with options of initdb and lines of configuration, start it and make the roles."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        subprocess.run(
-            ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2",
-             "-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", "server.key",
-             "-out", "server.crt"],
-            cwd=self.directory, check=True, capture_output=True,
-        )  # fmt: skip
-        (self.directory / "server.key").chmod(0o600)
+        self.certify()
         if os.geteuid() == 0:
             self.directory.chmod(0o755)
-            for path in (self.directory, *self.directory.iterdir()):
-                shutil.chown(path, "postgres", "postgres")
-        self._run("initdb", "-D", str(self.data), "-U", "postgres", "-E", "UTF8", "--locale=C.UTF-8", "--no-sync")
+            shutil.chown(self.directory, "postgres", "postgres")
+        self._run(
+            "initdb", "-D", str(self.data), "-U", "postgres", "-E", "UTF8", "--locale=C.UTF-8", "--data-checksums",
+            "--no-sync", *options,
+        )  # fmt: skip
         with (self.data / "postgresql.conf").open("a") as file:
-            file.write(_CONFIGURATION.format(port=self.port, directory=self.directory))
+            file.write(_CONFIGURATION.format(port=self.port, directory=self.directory, address=self.address))
+            file.write(configuration)
         (self.data / "pg_hba.conf").write_text(_HBA)
         (self.data / "pg_ident.conf").write_text(f"tests {getpass.getuser()} postgres\ntests postgres postgres\n")
         self.start()
@@ -107,6 +110,22 @@ class Server:
                 f"CREATE ROLE {user} LOGIN PASSWORD '{self.passwords[login]}'",
                 f"GRANT {member_of} TO {user} WITH INHERIT {inherit}, SET TRUE",
             )
+        self.execute("GRANT litellm_maintainer TO litellm_migrator_a WITH INHERIT FALSE, SET TRUE")
+
+    def certify(self, address: str = "", begins: int = 0, ends: int = 2) -> None:
+        """Put a new key and certificate in place, for this address unless told otherwise; dates are days from now."""
+        address = address or self.address
+        dates = [f"{datetime.now(UTC) + timedelta(days=days, minutes=-5):%Y%m%d%H%M%SZ}" for days in (begins, ends)]
+        subprocess.run(
+            ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes",
+             "-not_before", dates[0], "-not_after", dates[1], "-subj", f"/CN={address}",
+             "-addext", f"subjectAltName=IP:{address}", "-keyout", "server.key", "-out", "server.crt"],
+            cwd=self.directory, check=True, capture_output=True,
+        )  # fmt: skip
+        for file in (self.certificate, self.directory / "server.key"):
+            file.chmod(0o600)
+            if os.geteuid() == 0:
+                shutil.chown(file, "postgres", "postgres")
 
     def start(self) -> None:
         """Start; return when connections are taken."""
@@ -138,6 +157,16 @@ class Server:
             return _is_running(self.postmaster())
         except FileNotFoundError:
             return False
+
+    def revived(self) -> bool:
+        """Start it where it has stopped; return whether it answers."""
+        try:
+            if not self.is_running():
+                self.start()
+            self.query("SELECT 1")
+        except (RuntimeError, psycopg2.OperationalError):
+            return False
+        return True
 
     @contextmanager
     def connection(self, database: str = "postgres") -> Iterator[Any]:
@@ -181,7 +210,7 @@ class Server:
     def _run(self, program: str, *arguments: str) -> None:
         prefix = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
         done = subprocess.run(
-            [*prefix, str(binaries() / program), *arguments],
+            [*self.prefix, *prefix, str(binaries() / program), *arguments],
             cwd=self.directory,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,  # pg_ctl's server inherits neither: its log is a file

@@ -20,6 +20,7 @@ from support.postgresql import LOGINS, Server, free_port
 from support.waiting import wait_until
 
 _SOURCE = str(Path(litellm_sqlalchemy.__file__).parents[1])
+_TESTS = str(Path(__file__).parents[1])
 COMMAND = [sys.executable, "-m", "litellm_sqlalchemy"]
 
 
@@ -41,7 +42,7 @@ class Deployment:
         deployment.update(
             gateway={"name": "test"},
             database={
-                "host": "127.0.0.1",
+                "host": server.address,
                 "port": server.port,
                 "name": database,
                 "sslrootcert": str(server.certificate),
@@ -67,6 +68,11 @@ class Deployment:
     def environment(self) -> dict[str, str]:
         """Environment of a process of this deployment."""
         return {**os.environ, SETTINGS_VARIABLE: str(self.file), "PYTHONPATH": _SOURCE}
+
+    @property
+    def test_environment(self) -> dict[str, str]:
+        """The same for a program of `tests/support`."""
+        return {**self.environment, "PYTHONPATH": f"{_SOURCE}:{_TESTS}", "PYTHONDONTWRITEBYTECODE": "1"}
 
     def update(self, **sections: dict[str, Any]) -> None:
         """Change keys of sections and write the file."""
@@ -151,6 +157,12 @@ class WriterProcess:
         assert self.process is not None
         lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
         return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) / 1024
+
+    def resources(self) -> tuple[int, int]:
+        """Return how many file descriptors and threads the process has."""
+        assert self.process is not None
+        place = Path(f"/proc/{self.process.pid}")
+        return len(list((place / "fd").iterdir())), len(list((place / "task").iterdir()))
 
     def _get(self, path: str) -> bytes:
         address = self.deployment.content["writer"]["listen"]

@@ -1,10 +1,13 @@
-"""A gateway process's end of the spool, as a program: send.py SETTINGS CALLS LEDGER.
+"""A gateway process's end of the spool, as a program: send.py SETTINGS CALLS LEDGER [PAUSE].
 
-The ledger gets a line before and after each frame, by a system call that no fault is injected into.
+The ledger gets a line before and after each frame, by a system call that no fault is injected into; with
+`fsync: always` the second one when the frame is durable. PAUSE is the time between two calls in seconds.
 """
 
+import asyncio
 import os
 import sys
+import time
 from pathlib import Path
 
 from litellm_sqlalchemy.frames import Kind
@@ -14,7 +17,7 @@ from litellm_sqlalchemy.spool import Producer
 from support.records import BODY, Ledger, request, response
 
 
-def main(settings: str, calls: str, file: str) -> None:
+def main(settings: str, calls: str, file: str, pause: str = "0") -> None:
     """Send the pairs of `calls` calls."""
     ledger = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     producer = Producer(load_settings(Path(settings)).spool)
@@ -22,6 +25,7 @@ def main(settings: str, calls: str, file: str) -> None:
     def send(kind: Kind, call: str, metadata: bytes) -> bool:
         os.writev(ledger, [f"try {kind.value} {call}\n".encode()])
         sent = producer.append(kind, metadata, BODY)
+        asyncio.run(producer.synced())
         os.writev(ledger, [f"{'ok' if sent else 'no'} {kind.value} {call}\n".encode()])
         return sent
 
@@ -29,6 +33,7 @@ def main(settings: str, calls: str, file: str) -> None:
         call = uuid7().hex
         if send(Kind.REQUEST, call, request(call)):
             send(Kind.RESPONSE, call, response(call))
+        time.sleep(float(pause))
     producer.close()
 
 

@@ -4,6 +4,7 @@ import asyncio
 import gzip
 import hashlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import orjson
@@ -22,6 +23,8 @@ class FakeProducer:
         self.records: list[tuple[Kind, dict[str, Any], bytes]] = []
         self.skipped = 0
         self.full = False
+        self.calls = 0
+        self.seconds = 0.0
 
     def append(self, kind: Kind, metadata: bytes, payload: bytes = b"") -> bool:
         if not self.full:
@@ -205,9 +208,67 @@ def test_content_mode(tmp_path: Path, mode: str, kept: bytes) -> None:
     for _, metadata, payload in producer.records:
         assert kept in payload
         assert mode == "full" or b"word" not in payload
-        assert metadata["content_mode"] == mode
         assert metadata["payload_size"] == len(body)
-        assert metadata["payload_digest"] == hashlib.sha256(body).hexdigest()
+        assert metadata.get("payload_digest") == (None if mode == "full" else hashlib.sha256(body).hexdigest())
+    assert producer.records[0][1]["content_mode"] == mode
+
+
+POLICIES = {"keys": {"nightly": "full"}, "teams": {"legal": "metadata"}, "models": {"gpt-*": "redacted"}}
+
+
+@pytest.mark.parametrize(
+    ("alias", "team", "model", "mode"),
+    [
+        (None, None, "demo", "full"),
+        (None, None, "gpt-5", "redacted"),
+        (None, "legal", "gpt-5", "metadata"),
+        ("nightly", "legal", "gpt-5", "full"),
+    ],
+)
+def test_a_policy_holds_for_request_and_response(
+    tmp_path: Path, alias: str | None, team: str | None, model: str, mode: str
+) -> None:
+    recorder, producer = make_recorder(tmp_path, policies=POLICIES)
+    call = make_call(recorder, b'{"content":"word"}', b'{"content":"word"}')
+    call.accept(SimpleNamespace(key_alias=alias, team_id=team), {"model": model}, None)
+    call.event = event_of(SUCCESS)
+    end(call)
+    assert producer.records[0][1]["content_mode"] == mode
+    assert [b"word" in payload for _, _, payload in producer.records] == [mode == "full"] * 2
+
+
+@pytest.mark.parametrize("accepted", [True, False], ids=["LiteLLM's data is broken", "LiteLLM rejects the caller"])
+def test_an_unknown_caller_has_the_strictest_policy(tmp_path: Path, accepted: bool) -> None:
+    recorder, producer = make_recorder(tmp_path, policies=POLICIES)
+    call = make_call(recorder)
+    if accepted:
+        with pytest.raises(AttributeError):
+            call.accept(None, None, None)  # type: ignore[arg-type]
+    else:
+        call.describe(SimpleNamespace(key_alias="nightly"), {"model": "demo"}, None)
+        call.noticed = call.failed = True
+    call.event = event_of(SUCCESS if accepted else FAILURE)
+    end(call)
+    assert producer.records[0][1]["content_mode"] == "metadata"
+    assert [payload for _, _, payload in producer.records] == [b"", b""]
+
+
+@pytest.mark.parametrize("mode", ["full", "redacted", "metadata"])
+def test_messages_that_may_quote_content_follow_the_mode(tmp_path: Path, mode: str) -> None:
+    recorder, producer = make_recorder(tmp_path, mode=mode)
+    call = make_call(recorder)
+    call.accept(None, {}, None)
+    found = [{"guardrail_name": "pii", "guardrail_status": "blocked", "guardrail_response": "saw word"}]
+    call.event = event_of(FAILURE | {"guardrail_information": found})
+    call.error = {"error_type": "E", "error_code": "400", "error_message": "cannot answer word"}
+    call.attempts = [{"deployment": "d", "error_type": "E", "error_message": "word", "duration_ms": 1.0}]
+    call.status_code, call.failed = 400, True
+    end(call)
+    _, metadata, _ = producer.records[1]
+    assert (b"word" in orjson.dumps(metadata)) == (mode == "full")
+    assert (metadata["error_type"], metadata["error_code"]) == ("E", "400")
+    assert metadata["attempts"][0]["deployment"] == "d"
+    assert metadata["guardrails"][0]["guardrail_name"] == "pii"
 
 
 def test_a_compressed_answer_is_readable(tmp_path: Path) -> None:
@@ -328,3 +389,24 @@ def test_a_client_gone_before_the_answer(tmp_path: Path) -> None:
     _, producer = exchange(tmp_path, answering(), incoming)
     assert producer.records[1][1]["status"] == "client_disconnected"
     assert producer.records[1][2] == b"ok"
+
+
+@pytest.mark.parametrize("listed", [[], ["X-Request-Id", "x-note"]])
+def test_only_listed_headers_are_kept(tmp_path: Path, listed: list[str]) -> None:
+    recorder, producer = make_recorder(tmp_path, headers=listed)
+    sent = [(b"x-request-id", b"17"), (b"authorization", b"Bearer of-a-secret-token"), (b"x-other", b"o")]
+    sent.append((b"x-note", b"my key is sk-" + b"a1B2" * 8))
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        call = current_call.get()
+        assert call is not None
+        call.accept(None, {}, None)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def run() -> None:
+        scope = {"type": "http", "path": "/x", "method": "POST", "headers": sent, "client": ("192.0.2.1", 1)}
+        await CallObserver(application, recorder)(scope, None, lambda message: asyncio.sleep(0))  # type: ignore[arg-type]
+
+    asyncio.run(run())
+    expected = {"x-request-id": "17", "x-note": "my key is [redacted]"} if listed else None
+    assert producer.records[0][1]["headers"] == expected

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from litellm_sqlalchemy.redaction import _KEPT_KEYS, redact, scrubbed, without_secrets
+from litellm_sqlalchemy.redaction import _KEPT_KEYS, redact, scrubbed
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text(),
@@ -65,7 +65,7 @@ def test_token_lists_are_words() -> None:
 )  # fmt: skip
 def test_credentials_are_never_kept(name: str) -> None:
     payload = json.dumps({"model": "m", "nested": {name: 'a "quoted" \\ value'}, "max_tokens": 5}).encode()
-    assert json.loads(without_secrets(payload)) == {"model": "m", "nested": {name: "[redacted]"}, "max_tokens": 5}
+    assert json.loads(scrubbed(payload)) == {"model": "m", "nested": {name: "[redacted]"}, "max_tokens": 5}
 
 
 @pytest.mark.parametrize(
@@ -78,17 +78,30 @@ def test_credentials_are_never_kept(name: str) -> None:
     ],
 )
 def test_other_bytes_stay_as_they_are(payload: bytes) -> None:
-    assert without_secrets(payload) == payload
+    assert scrubbed(payload) == payload
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_a_credential_in_json_within_json(depth: int) -> None:
+    value: Any = {"name": "db1", "password": "correct horse", "max_tokens": 5}
+    for _ in range(depth):
+        value = {"arguments": orjson.dumps(value).decode(), "id": "call_1"}
+    stored = orjson.loads(scrubbed(orjson.dumps(value)))
+    for _ in range(depth):
+        assert stored["id"] == "call_1"
+        stored = orjson.loads(stored["arguments"])
+    assert stored == {"name": "db1", "password": "[redacted]", "max_tokens": 5}
 
 
 def test_a_credential_in_a_broken_body() -> None:
-    assert without_secrets(b'{"api_key": "sk-1", "mess') == b'{"api_key": "[redacted]", "mess'
+    assert scrubbed(b'{"api_key": "sk-1", "mess') == b'{"api_key": "[redacted]", "mess'
 
 
 SHAPES = {
     "master key": "sk-Zq9" + "a1B2" * 6,
     "Anthropic key": "sk-ant-api03-" + "x9Y8" * 8,
     "Amazon key": "AKIA" + "ABCD1234" * 2,
+    "Amazon secret": "aws_secret_access_key = " + "wJalrXUt/+" * 4,
     "Google key": "AIza" + "Sy9_-" * 7,
     "Groq key": "gsk_" + "Ab12" * 6,
     "Hugging Face token": "hf_" + "Ab12" * 6,
@@ -111,7 +124,7 @@ def test_a_secret_is_known_by_its_shape(what: str) -> None:
     assert "[redacted]" in stored
     assert stored.startswith("Here it is: ")
     assert stored.endswith(", what now?") or what == "database URL"
-    secret = SHAPES[what].split("://")[-1].split("@")[0].removeprefix("Bearer ")
+    secret = SHAPES[what].split("://")[-1].split("@")[0].removeprefix("Bearer ").split(" = ")[-1]
     assert secret not in stored
     assert stored == orjson.loads(scrubbed(orjson.dumps(stored))), "a second time changes nothing"
 

@@ -30,6 +30,8 @@ def _error(tmp_path: Path, content: str | bytes) -> str:
         ({"database": {"host": "db1", "prot": 1}}, "unknown key `database.prot`"),
         ({"database": {}}, "the key `database.host` is missing"),
         ({}, "the key `database` is missing"),
+        ({**MINIMUM, "content": {"headers": ["X-Api-Key"]}}, "`content.headers.0` is 'X-Api-Key'"),
+        ({**MINIMUM, "content": {"headers": ["authorization"]}}, "never kept"),
         ({"database": {"host": "db1", "port": "many"}}, "`database.port` is 'many'"),
         ({"database": {"host": "db1", "port": 70000}}, "`database.port` is 70000"),
         ({"database": {"host": "db1", "sslmode": "allow"}}, "`database.sslmode` is 'allow'"),

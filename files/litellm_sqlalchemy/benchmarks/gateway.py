@@ -1,0 +1,209 @@
+"""What the log adds to a gateway: three LiteLLM processes - without it, with it, with the naive way - side by side.
+
+Latency: one request at a time, to each gateway in turn, so that whatever else the machine does meets all of them.
+Throughput: as many as go through at once, one gateway at a time, in turn. The database is up, slow or down meanwhile:
+its connections go through a proxy.
+"""
+
+import http.client
+import json
+import os
+import statistics
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from faults.proxy import FaultProxy, Toxics, fault_proxy
+
+from benchmarks.cluster import Cluster, cpu_ticks, free_port
+from benchmarks.data import samples
+from litellm_sqlalchemy.spool import read_counters
+
+KINDS = ("without", "with", "naive")
+#: States of the database: what the proxy does. Slow: 0.5 s a piece, some seconds a transaction.
+STATES = {"up": Toxics(), "slow": Toxics(latency=0.5), "down": Toxics(refuse=True)}
+_CALLBACKS = {"without": [], "with": ["litellm_sqlalchemy.callback.logger"], "naive": ["benchmarks.naive.logger"]}
+_KEY = "sk-benchmark-of-the-gateway"
+_AT_ONCE = 8
+_HERE = Path(__file__).parents[1]
+
+
+class Load(NamedTuple):
+    """What a gateway did: calls per second, CPU seconds of its process per call."""
+
+    calls_per_second: float
+    cpu_per_call: float
+
+
+class Gateway:
+    """One LiteLLM process with one worker, whose provider answers at once."""
+
+    def __init__(self, kind: str, cluster: Cluster, settings: Path, upstream: int) -> None:
+        """Start it; `upstream` is the provider's port."""
+        self.kind = kind
+        self.port = free_port()
+        directory = cluster.directory / f"gateway-{kind}"
+        directory.mkdir()
+        configuration = {
+            "model_list": [
+                {
+                    "model_name": "mock",
+                    "litellm_params": {
+                        "model": "openai/mock",
+                        "api_key": "none",
+                        "api_base": f"http://127.0.0.1:{upstream}/v1",
+                    },
+                }
+            ],
+            "litellm_settings": {"callbacks": _CALLBACKS[kind], "global_disable_no_log_param": True},
+            "general_settings": {"master_key": "os.environ/LITELLM_MASTER_KEY"},
+        }
+        (directory / "config.yaml").write_text(yaml.safe_dump(configuration))
+        environment = {
+            **os.environ, "PYTHONPATH": f"{_HERE}:{_HERE / 'src'}", "LITELLM_MASTER_KEY": _KEY,
+            "LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_TELEMETRY_DISABLED": "true",
+            "LITELLM_SQLALCHEMY_SETTINGS": str(settings),
+        }  # fmt: skip
+        command = [Path(sys.executable).with_name("litellm"), "--config", "config.yaml", "--host", "127.0.0.1"]
+        self._log = directory / "log"
+        with self._log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [*command, "--port", str(self.port)], cwd=directory, env=environment, stdout=log, stderr=log
+            )
+
+    def wait(self) -> None:
+        """Return when it serves."""
+        deadline = time.monotonic() + 180
+        while time.monotonic() < deadline and self.process.poll() is None:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health/liveliness", timeout=2):
+                    return
+            except OSError:
+                time.sleep(0.5)
+        raise SystemExit(f"the gateway ({self.kind}) does not serve: {self._log.read_text()[-2000:]}")
+
+    def connect(self) -> http.client.HTTPConnection:
+        """Return a connection that is kept open."""
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
+
+    def cpu_seconds(self) -> float:
+        """Return the CPU time of the process."""
+        return float(sum(cpu_ticks(self.process.pid, (13, 14))) / os.sysconf("SC_CLK_TCK"))
+
+    def memory(self) -> float:
+        """Return the resident memory in megabytes."""
+        lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) / 1024
+
+    def stop(self) -> None:
+        """End the process."""
+        self.process.terminate()
+        self.process.wait(60)
+
+
+def call(connection: http.client.HTTPConnection, body: bytes) -> float:
+    """Make a call; return its seconds."""
+    started = time.perf_counter()
+    headers = {"Authorization": f"Bearer {_KEY}", "Content-Type": "application/json"}
+    connection.request("POST", "/v1/chat/completions", body, headers)
+    answer = connection.getresponse()
+    content = answer.read()
+    seconds = time.perf_counter() - started
+    if answer.status != 200:
+        raise SystemExit(f"the gateway answered {answer.status}: {content[:300]!r}")
+    return seconds
+
+
+class Bench:
+    """Three gateways and the writer, behind a proxy to the database."""
+
+    def __init__(self, cluster: Cluster, proxy: FaultProxy) -> None:
+        """Start all."""
+        self.proxy = proxy
+        settings = cluster.write_settings("gateway.yml", database={"port": proxy.port, "connect_timeout": 2})
+        self.spool = cluster.settings.spool.directory
+        port = free_port()
+        self._upstream = subprocess.Popen([sys.executable, "-m", "benchmarks.upstream", str(port)], cwd=_HERE)
+        self.gateways = {kind: Gateway(kind, cluster, settings, port) for kind in KINDS}
+        for gateway in self.gateways.values():
+            gateway.wait()
+        environment = {**os.environ, "PYTHONPATH": str(_HERE / "src"), "LITELLM_SQLALCHEMY_SETTINGS": str(settings)}
+        with (cluster.directory / "writer.log").open("ab") as log:
+            self._writer = subprocess.Popen(
+                [sys.executable, "-m", "litellm_sqlalchemy", "write"], env=environment, stdout=log, stderr=log
+            )
+        self._bodies = [
+            json.dumps({**json.loads(sample.request), "model": "mock"}).encode() for sample in samples(200, 3)
+        ]
+        for kind in KINDS:  # what LiteLLM loads at its first calls
+            self.throughput(kind, 3)
+
+    def stop(self) -> None:
+        """End all."""
+        for gateway in self.gateways.values():
+            gateway.stop()
+        for process in (self._writer, self._upstream):
+            process.terminate()
+            process.wait(90)
+
+    def latencies(self, calls: int, kinds: tuple[str, ...]) -> dict[str, list[float]]:
+        """Return the seconds of `calls` calls to each gateway, which take turns."""
+        connections = {kind: self.gateways[kind].connect() for kind in kinds}
+        seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
+        for number in range(calls):
+            for turn in range(len(kinds)):
+                kind = kinds[(number + turn) % len(kinds)]
+                seconds[kind].append(call(connections[kind], self._bodies[number % len(self._bodies)]))
+        for connection in connections.values():
+            connection.close()
+        return seconds
+
+    def throughput(self, kind: str, duration: float) -> Load:
+        """Keep `_AT_ONCE` calls at a gateway for `duration` seconds."""
+        gateway, done, deadline = self.gateways[kind], [0] * _AT_ONCE, time.monotonic() + duration
+
+        def client(place: int) -> None:
+            connection = gateway.connect()
+            while time.monotonic() < deadline:
+                call(connection, self._bodies[done[place] % len(self._bodies)])
+                done[place] += 1
+            connection.close()
+
+        started, cpu = time.monotonic(), gateway.cpu_seconds()
+        threads = [threading.Thread(target=client, args=(place,)) for place in range(_AT_ONCE)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        calls = sum(done)
+        return Load(calls / (time.monotonic() - started), (gateway.cpu_seconds() - cpu) / max(calls, 1))
+
+    def callback_seconds(self) -> float:
+        """Return the time per call that the log's hooks count themselves."""
+        time.sleep(6)  # the counters are written every 5 s
+        (folder,) = (self.spool / "producers").glob("[!.]*")
+        counters: dict[str, Any] = read_counters(folder)
+        return float(counters["seconds"] / counters["calls"])
+
+
+@contextmanager
+def running_bench(cluster: Cluster) -> Iterator[Bench]:
+    """Yield three gateways that are stopped in the end."""
+    with fault_proxy(cluster.settings.database.port) as proxy:
+        bench = Bench(cluster, proxy)
+        try:
+            yield bench
+        finally:
+            bench.stop()
+
+
+def percentile(values: list[float], percent: int) -> float:
+    """Return a percentile."""
+    return statistics.quantiles(values, n=100)[percent - 1]
