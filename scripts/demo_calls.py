@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 
 CA_FILE = "inventories/local/pki/ca.crt"
-MASTER_KEY_FILE = "/etc/litellm/credentials/LITELLM_MASTER_KEY"
+MASTER_KEY_FILE = "/etc/litellm/credentials/LITELLM_MASTER_KEY.cred"
 DEADLINE = 15  # seconds in which the rows must be there
 ROWS = """
 SELECT to_char(q.created_at, 'HH24:MI:SS') AS time, q.endpoint, q.model, q.stream,
@@ -90,7 +90,7 @@ def rows(host: str, run: str) -> tuple[int, str]:
 def main(host: str, port: str) -> None:
     """Send the calls, wait for their rows, print them."""
     run = f"demo-{uuid.uuid4().hex[:8]}"
-    key = in_host(host, "cat", MASTER_KEY_FILE).strip()
+    key = in_host(host, "systemd-creds", "decrypt", "--name=LITELLM_MASTER_KEY", MASTER_KEY_FILE).strip()
     headers = {"Authorization": f"Bearer {key}"}
     trust = ssl.create_default_context(cafile=CA_FILE)
     with httpx.Client(

@@ -55,6 +55,8 @@ def commands(stage: str, chosen: list[str]) -> list[list[str]]:
             ["pytest", "--rootdir=files/litellm_sqlalchemy", "files/litellm_sqlalchemy/tests/unit"],
             ["pytest", "tests"],
         ]
+    if stage == "audit":
+        return [["python", "scripts/audit.py"]]
     if stage == "integration":
         return [["molecule/shared/integration"]]
     return [["molecule", "test", "--scenario-name", name] for name in chosen or scenarios()]
@@ -95,7 +97,7 @@ def run(command: list[str], result: Result) -> None:
 
 def main(arguments: list[str]) -> int:
     """Run the stages named in the arguments, all without any; return the exit code."""
-    stages = arguments[:1] or ["lint", "unit", "integration", "molecule"]
+    stages = arguments[:1] or ["lint", "unit", "audit", "integration", "molecule"]
     results = []
     for stage in stages:
         result = Result(stage)

@@ -90,14 +90,14 @@ def test_a_clear_file_is_refused(inventory):
 
 def test_what_is_there_stays_as_it_is():
     text = "# mine\nfirst: 'kept'  # why"
-    result, created = vault_secrets.add_missing(text, {"first": "password", "second": "empty_dict"}, "vault.yml")
+    assert vault_secrets.lacking(vault_secrets.parse(text, "vault.yml"), ["first", "second"], "vault.yml") == ["second"]
+    result = vault_secrets.add_values(text, {"second": {}}, "vault.yml")
     assert result == "# mine\nfirst: 'kept'  # why\nsecond: {}\n"
-    assert created == ["second"]
 
 
 @pytest.mark.parametrize("text", ["first:\n", "first: ''\n", "- a list\n", "first: 'open\n"])
 def test_what_cannot_be_completed_is_refused_without_quoting_it(text):
     with pytest.raises(AnsibleActionFail) as refusal:
-        vault_secrets.add_missing(text, {"first": "password"}, "vault.yml")
+        vault_secrets.lacking(vault_secrets.parse(text, "vault.yml"), ["first"], "vault.yml")
     assert "ansible-vault edit vault.yml" in str(refusal.value)
     assert "open" not in str(refusal.value)

@@ -46,11 +46,12 @@ SHELLS = {"", "sh", "bash", "console", "shell"}
 
 # Commands that need no playbook or script of ours: the pattern -> why the example is right, or what runs it.
 COVERED = {
-    r"systemctl stop postgresql-backup-snapshot\.timer": "molecule/backup starts this unit's service",
+    r"systemctl (stop|start) postgresql-backup-snapshot\.timer": "molecule/backup runs it",
     r"sudo postgresql-backup (status|verify)": "molecule/backup runs it",
     r"\(umask 077 && openssl rand -base64 32 > [\w~./-]+\)": "writes a password file, as test_create_secrets.py does",
     r"export (ANSIBLE_VAULT_PASSWORD_FILE|DEMO_PORT)=\S+": "sets a variable that tests/test_create_secrets.py sets",
     r"ansible-vault (edit|view) inventories/\w+/group_vars/all/vault\.yml": "tests/test_create_secrets.py views one",
+    r"sudo grep -h AUDIT /var/log/postgresql/17-main/\*\.json": "molecule/default/tests/test_postgresql.py runs it",
     r"git clone \S+( && cd \S+)?": "getting the repository",
     r"cd [\w./-]+": "changing the folder",
     r"molecule (test|converge|verify|destroy)( .*)?": "scripts/test runs molecule",

@@ -1,6 +1,8 @@
 """Playbooks explain themselves, and site.yml only imports them."""
 
+import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,8 +38,8 @@ def test_the_documented_command_line_names_the_playbook(path):
 
 
 def test_site_only_imports_playbooks_in_order():
-    names = ["take-lock", "preflight", "postgresql", "litellm", "haproxy", "postgresql-retire-logins"]
-    names += ["validation", "release-lock"]
+    names = ["take-lock", "preflight", "firewall", "postgresql", "litellm", "haproxy", "backup"]
+    names += ["postgresql-retire-logins", "validation", "release-lock"]
     imports = yaml.safe_load((ROOT / "site.yml").read_text())
     assert [entry["import_playbook"] for entry in imports] == [f"playbooks/{name}.yml" for name in names]
     assert all(entry.keys() == {"name", "import_playbook"} for entry in imports)
@@ -58,3 +60,48 @@ def test_an_example_inventory_holds_no_vault_and_no_real_address(environment):
     assert "192.0.2." in hosts
     assert "example.net" in hosts
     assert "host_key_checking" not in "".join(path.read_text() for path in base.rglob("*.yml"))
+
+
+def test_the_firewall_opens_each_groups_ports_to_the_groups_that_need_them(tmp_path):
+    """What the playbook would write, on hosts that are all this machine; check mode changes nothing here."""
+    hosts = {
+        "db1": {"ansible_host": "192.0.2.11", "postgresql_port": 5433},
+        "gw1": {"ansible_host": "192.0.2.21", "firewall_gateway_sources": ["198.51.100.0/24", "2001:db8::/32"]},
+        "gw2": {"ansible_host": "localhost", "postgresql_client_address": "192.0.2.22"},
+        "backup1": {"firewall_rules": [{"name": "metrics", "port": 9100, "sources": ["localhost"]}]},
+    }
+    groups = {"postgresql": ["db1"], "litellm": ["gw1", "gw2"], "backup": ["backup1"]}
+    children = {name: {"hosts": dict.fromkeys(members)} for name, members in groups.items()}
+    here = {"connection": "local", "become": False, "python_interpreter": sys.executable}
+    here = {f"ansible_{name}": value for name, value in here.items()}
+    inventory = tmp_path / "hosts.yml"
+    inventory.write_text(yaml.safe_dump({"all": {"vars": here, "hosts": hosts, "children": children}}))
+    command = ["ansible-playbook", "-i", str(inventory), "--check", "--diff", "-e", "ansible_become=false"]
+    done = subprocess.run([*command, "playbooks/firewall.yml"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    rules = {}
+    for name in hosts:
+        shown = done.stdout.partition(f"[{name}] => (item=/etc/litellm-gateway.nft)")[0].rpartition("--- before")[2]
+        lines = {line.removeprefix("+").strip() for line in shown.splitlines()}
+        rules[name] = {line for line in lines if "tcp dport" in line and " accept comment " in line}
+    ssh = 'tcp dport { 22 } accept comment "ssh"'
+    assert rules == {
+        "db1": {ssh, 'ip saddr { 192.0.2.21, 192.0.2.22 } tcp dport 5433 accept comment "postgresql"'},
+        "gw1": {
+            ssh,
+            'ip saddr { 198.51.100.0/24 } tcp dport 443 accept comment "gateway"',
+            'ip6 saddr { 2001:db8::/32 } tcp dport 443 accept comment "gateway"',
+        },
+        "gw2": {ssh, *(f'meta nfproto {ip} tcp dport 443 accept comment "gateway"' for ip in ("ipv4", "ipv6"))},
+        "backup1": {ssh, *(localhost_rule(family, address) for family, address in addresses("localhost"))},
+    }
+
+
+def addresses(name):
+    """Return (nftables' family, address) of a name as this machine knows it."""
+    found = {entry[4][0] for entry in socket.getaddrinfo(name, None)}
+    return {("ip6" if ":" in address else "ip", address) for address in found}
+
+
+def localhost_rule(family, address):
+    return f'{family} saddr {{ {address} }} tcp dport 9100 accept comment "metrics"'

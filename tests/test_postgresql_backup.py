@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 import postgresql_backup_filters
 import pytest
 import vault_secrets
-from postgresql_backup import base, cli, dumps, restore, status, tools
+from postgresql_backup import base, cli, dumps, offsite, restore, status, tools
 from postgresql_backup.database import differences
 from postgresql_backup.dumps import Manifest
 from postgresql_backup.errors import BackupError, DamagedError, ExitCode, LockedError, RefusedError, SettingsError
@@ -169,6 +169,14 @@ def test_a_lock_names_its_holder(tmp_path):
         pass
 
 
+def test_a_copy_elsewhere_does_not_count(tmp_path):
+    here, there = (Settings([], [], {}, dumps=str(tmp_path), offsite=place) for place in ("offsite:/a", "offsite:b"))
+    assert offsite.state(here) == {}
+    tools.write_json(tmp_path / ".offsite.json", {"place": here.offsite, "newest": "", "count": 0})
+    assert offsite.state(here)["count"] == 0
+    assert offsite.state(there) == {}
+
+
 def test_status_says_how_old_and_metrics_say_the_same(tmp_path):
     manifest = store(tmp_path, names([1])[0])
     settings = Settings(["litellm"], ["age1"], RETENTION, dumps=str(tmp_path), repositories=[], limits=LIMITS)
@@ -227,7 +235,7 @@ def test_a_generated_identity_has_the_public_half_that_age_computes():
         postgresql_backup_filters.recipient(identity)
         == "age1zvkyg2lqzraa2lnjvqej32nkuu0ues2s82hzrye869xeexvn73equnujwj"
     )
-    made = vault_secrets.age_identity()
+    made = vault_secrets.KINDS["age_identity"]()
     assert made.startswith("AGE-SECRET-KEY-1")
     assert len(postgresql_backup_filters.recipient(made)) == 62
     with pytest.raises(Exception, match="no age identity") as refusal:

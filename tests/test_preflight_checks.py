@@ -27,6 +27,10 @@ SPECS = {
         "litellm_provider_keys": {"type": "dict", "no_log": True},
     },
     "litellm_logger": {"litellm_logger_database_host": {"type": "str", "required": True}},
+    "postgresql_backup": {
+        "postgresql_backup_offsite_required": {"type": "bool", "default": False},
+        "postgresql_backup_offsite_s3": {"type": "dict", "default": {}, "no_log": True},
+    },
 }
 MODELS = [{"model_name": "fast", "litellm_params": {"model": "openai/x", "api_key": "os.environ/OPENAI_API_KEY"}}]
 
@@ -65,7 +69,7 @@ def scene(db=None, gateway=None, db_facts=None, gateway_facts=None, **more):
         "vault_keys": {"OPENAI_API_KEY": "sk-" + STRONG[5:]},
     }
     values = {"postgresql_listen_addresses": ["127.0.0.1", "10.0.0.7"], **shared, **(db or {})}
-    db1 = Host("db1", ["postgresql"], values, facts=facts(**(db_facts or {})))
+    db1 = Host("db1", ["postgresql", "postgresql_backup"], values, facts=facts(**(db_facts or {})))
     values = {
         "litellm_models": MODELS,
         "litellm_provider_keys": shared["vault_keys"],
@@ -84,7 +88,6 @@ def scene(db=None, gateway=None, db_facts=None, gateway_facts=None, **more):
             "ansible_core": "2.19",
             "python": "3.11",
             "systemd": 257,
-            "litellm": "1.83.9",
             "collections": {"community.crypto": "3.0.0"},
             "memory": {"postgresql": 0.5, "litellm": 1.4},
             "disk": {"litellm": {"/opt": 2}, "litellm_logger": {"/opt": 0.5}},
@@ -94,6 +97,7 @@ def scene(db=None, gateway=None, db_facts=None, gateway_facts=None, **more):
         },
         "controller": {
             "ansible_core": "2.19.4",
+            "litellm_minimum": "1.83.9",
             "collections": {"community.crypto": "3.0.5"},
             "lock_files": {"gw1": "/lock"},
             "clear_vaults": [],
@@ -150,6 +154,7 @@ CASES = {
     "secret-in-clear": (controller(clear_vaults=["inventories/x/vault.yml"]), "is not encrypted"),
     "topology": ({"role_hosts": {"postgresql": ["db1"], "litellm": []}}, "group litellm is empty"),
     "database-unreachable": ({"db": {"postgresql_listen_addresses": ["127.0.0.1"]}}, "gw1 connects over the network"),
+    "backup-offsite": ({"db": {"postgresql_backup_offsite_required": True}}, "there is no off-host copy"),
     "model-list": ({"gateway": {"litellm_models": [{"model_name": "x"}]}}, "litellm_models[0] (x) has no"),
     "provider-keys": ({"gateway": {"litellm_provider_keys": {}}}, "os.environ/OPENAI_API_KEY, which is not set"),
     "gateway-database": ({"gateway": {"litellm_environment": {"DATABASE_URL": STRONG}}}, "sets DATABASE_URL"),
@@ -175,6 +180,29 @@ def test_a_check_finds_what_it_is_for(check):
         assert secret not in report
 
 
+def test_an_example_on_a_roles_own_variable_is_found():
+    ids, report = found(scene(db={"postgresql_ca_passphrase": "changeme-please-1234"}))
+    assert "secret-example" in ids
+    assert "postgresql_ca_passphrase is an example value" in report
+    assert "changeme-please" not in report
+
+
+def test_a_secret_in_clear_on_a_roles_own_variable_is_found():
+    run = scene(gateway={"litellm_provider_keys": {"OPENAI_API_KEY": "sk-" + STRONG[7:]}})
+    assert "secret-in-clear" not in found(run)[0]
+    run.hosts[1].clear, run.hosts[1].origins = {"litellm_provider_keys"}, {"litellm_provider_keys": "all.yml:7"}
+    ids, report = found(run)
+    assert "secret-in-clear" in ids
+    assert "litellm_provider_keys.OPENAI_API_KEY (all.yml:7) holds a secret in clear" in report
+    assert STRONG[7:] not in report
+
+
+def test_a_reference_to_the_vault_is_no_secret_in_clear():
+    run = scene(db={"postgresql_ca_passphrase": STRONG})
+    run.hosts[0].clear = {"postgresql_ca_passphrase"}
+    assert "secret-in-clear" not in found(run)[0]
+
+
 def test_every_check_is_tested():
     assert CASES.keys() | TOLD_APART == preflight_checks.CHECKS.keys()
 
@@ -191,6 +219,18 @@ def test_a_missing_secret_is_not_told_twice():
     assert "undefined-variable" not in found(run)[0]
     run.hosts[1].unset = {"litellm_x": "'other' is undefined"}
     assert "undefined-variable" in found(run)[0]
+
+
+def test_one_off_host_place_is_enough_and_two_are_too_many():
+    store = {"postgresql_backup_store": ["store1"]}
+    required = {"postgresql_backup_offsite_required": True}
+    bucket = {"postgresql_backup_offsite_s3": {"bucket": "b", "secret": STRONG}}
+    assert found(scene(db=required, role_hosts=store))[0] == set()
+    assert found(scene(db={**required, **bucket}))[0] == set()
+    ids, report = found(scene(db=bucket, role_hosts=store))
+    assert ids == {"backup-offsite"}
+    assert "group backup: store1; postgresql_backup_offsite_s3" in report
+    assert STRONG not in report
 
 
 def test_a_required_variable_may_come_from_a_playbook():

@@ -1,6 +1,7 @@
 """Connection to a podman container with pipelining, which containers.podman.podman of some releases lacks.
 
-One `podman exec` for a task instead of five makes a deployment to a test host about twice as fast.
+One command for a task instead of five makes a deployment to a test host about twice as fast. It enters the container's
+namespaces by nsenter, which takes a tenth of the time of `podman exec`.
 """
 
 from __future__ import annotations
@@ -14,13 +15,23 @@ from ansible.plugins.connection import ConnectionBase
 DOCUMENTATION = """
 name: podman_pipelined
 short_description: run tasks in a podman container, with pipelining
-description: Runs commands with podman exec, as root, and hands files and modules over through its standard input.
+description: Runs commands in a container of root's podman and hands files and modules over through standard input.
 options:
   remote_addr:
     description: The container's name.
     default: inventory_hostname
     vars: [{name: inventory_hostname}, {name: ansible_host}]
 """
+
+NAMESPACES = ["--mount", "--uts", "--ipc", "--net", "--pid", "--cgroup"]
+#: What `podman exec` would set; nothing of the controller's environment enters the container.
+ENVIRONMENT = [
+    "/usr/bin/env",
+    "-i",
+    "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    "HOME=/root",
+    "container=podman",
+]
 
 
 class Connection(ConnectionBase):
@@ -33,16 +44,21 @@ class Connection(ConnectionBase):
         self._connected = True
         return self
 
-    def exec_command(
-        self, cmd: str, in_data: bytes | None = None, sudoable: bool = True
-    ) -> tuple[int, bytes, bytes]:
+    def exec_command(self, cmd: str, in_data: bytes | None = None, sudoable: bool = True) -> tuple[int, bytes, bytes]:
         """Run a shell command in the container; return its exit code, output and error output."""
         super().exec_command(cmd, in_data=in_data, sudoable=sudoable)
-        command = ["podman", "exec", "--interactive", self.get_option("remote_addr"), "/bin/sh", "-c", cmd]
+        command = ["nsenter", f"--target={self._process()}", *NAMESPACES, *ENVIRONMENT, "/bin/sh", "-c", cmd]
         done = subprocess.run(command, input=in_data or b"", capture_output=True, check=False)
-        if done.returncode == 125:  # podman itself failed: no such container, or it does not run
-            raise AnsibleConnectionFailure(done.stderr.decode(errors="replace").strip())
         return done.returncode, done.stdout, done.stderr
+
+    def _process(self) -> int:
+        """Return the container's first process; it is another one after each start."""
+        name = self.get_option("remote_addr")
+        command = ["podman", "container", "inspect", "--format", "{{.State.Pid}}", name]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode or not int(done.stdout):
+            raise AnsibleConnectionFailure(done.stderr.strip() or f"the container {name} does not run")
+        return int(done.stdout)
 
     def put_file(self, in_path: str, out_path: str) -> None:
         """Copy a file into the container."""

@@ -1,6 +1,7 @@
 """Open a verified connection for each query, with the credential that is in its file then; runs on the host under test.
 
-Usage: database_client.py LOGIN QUERIES_PER_SECOND. Ends when its standard input does, and prints what it counted.
+Usage: database_client.py LOGIN=QUERIES_PER_SECOND ...
+Prints a line of JSON for each query: when it began, the login, the user that it was, the error. It ends with its input.
 """
 
 import json
@@ -8,30 +9,54 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import psycopg2
 
 from litellm_sqlalchemy.database import connection_arguments
 from litellm_sqlalchemy.settings import load_settings
 
-login, rate = sys.argv[1], float(sys.argv[2])
-settings = load_settings(Path("/etc/litellm-sqlalchemy/settings.yml")).database
-ended = threading.Event()
-threading.Thread(target=lambda: (sys.stdin.read(), ended.set()), daemon=True).start()
-count, failures, users = 0, [], set()
-while not ended.is_set():
-    began = time.monotonic()
-    count += 1
+BACKUP = Path("/etc/postgresql-backup/database.json")
+SETTINGS = load_settings(Path("/etc/litellm-sqlalchemy/settings.yml")).database
+ENDED = threading.Event()
+PRINTING = threading.Lock()
+
+
+def arguments(login: str) -> dict[str, Any]:
+    """Return libpq's parameters; the backups' login comes over the socket, all others with TLS and channel binding."""
+    if login == "backup":
+        return {"host": "/var/run/postgresql", "dbname": "litellm"} | json.loads(BACKUP.read_text())
+    return connection_arguments(SETTINGS, login, "rotation test")
+
+
+def query(login: str) -> str:
+    """Return who a new connection is."""
+    connection = psycopg2.connect(**arguments(login))
     try:
-        arguments = connection_arguments(settings, login, "rotation test")
-        connection = psycopg2.connect(**arguments)
         with connection.cursor() as cursor:
             cursor.execute("SELECT current_user, ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()")
             user, encrypted = cursor.fetchone()
-            assert encrypted
-            users.add(user)
+    finally:
         connection.close()
-    except Exception as error:
-        failures.append(f"{time.strftime('%H:%M:%S')} {type(error).__name__}: {error}"[:300])
-    ended.wait(max(0.0, 1 / rate - (time.monotonic() - began)))
-print(json.dumps({"count": count, "failures": failures, "users": sorted(users)}))
+    if not encrypted and login != "backup":
+        raise RuntimeError("the connection is not encrypted")
+    return str(user)
+
+
+def work(login: str, rate: float) -> None:
+    """Query until told to stop."""
+    while not ENDED.is_set():
+        began, user, error = time.time(), "", ""
+        try:
+            user = query(login)
+        except Exception as problem:  # whatever it is, it is what a client would have seen
+            error = f"{type(problem).__name__}: {problem}"[:300]
+        with PRINTING:
+            print(json.dumps([began, f"database {login}", user, error]), flush=True)
+        ENDED.wait(max(0.0, began + 1 / rate - time.time()))
+
+
+for login, rate in (argument.split("=") for argument in sys.argv[1:]):
+    threading.Thread(target=work, args=(login, float(rate))).start()
+sys.stdin.read()
+ENDED.set()

@@ -1,4 +1,4 @@
-"""Load that must not notice a rotation: database clients and HTTP clients, each counting what failed."""
+"""Load that must not notice a rotation: database clients and HTTP clients, each request of theirs in one ledger."""
 
 import json
 import subprocess
@@ -7,67 +7,97 @@ import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import httpx
 
 TESTS = Path(__file__).resolve().parent
+PYTHON = "/opt/litellm-sqlalchemy/current/bin/python"
 
 
-class DatabaseClient:
-    """A client on the host that opens a new connection for each query."""
+class Request(NamedTuple):
+    """A request that has ended."""
 
-    def __init__(self, container: str, login: str, rate: float) -> None:
-        """Start it."""
-        program = (TESTS / "database_client.py").read_text()
-        command = ["podman", "exec", "--interactive", container, "/opt/litellm-sqlalchemy/current/bin/python", "-I"]
-        self.login = login
-        self.process = subprocess.Popen(
-            [*command, "-c", program, login, str(rate)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+    began: float  # Unix time
+    client: str
+    name: str  # of a call its id, of a query the user that it was
+    error: str
 
-    def stop(self) -> dict[str, Any]:
-        """End it and return its count, its failures and the logins that it was."""
-        output = self.process.communicate(timeout=60)[0]
-        result: dict[str, Any] = json.loads(output)
-        return result
+
+def program(container: str, name: str, *arguments: str) -> subprocess.Popen[str]:
+    """Start one of the programs beside this file on the host, with the log's Python."""
+    source = (TESTS / name).read_text()
+    command = ["podman", "exec", "--interactive", container, PYTHON, "-I", "-c", source, *arguments]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+class DatabaseClients(threading.Thread):
+    """Clients on the host that open a new connection for each query; `rates` in queries per second, by login."""
+
+    def __init__(self, ledger: list[Request], container: str, rates: dict[str, float]) -> None:
+        """Start them."""
+        super().__init__(daemon=True)
+        self.ledger = ledger
+        arguments = [f"{login}={rate}" for login, rate in rates.items()]
+        self.process = program(container, "database_client.py", *arguments)
+        self.start()
+
+    def run(self) -> None:
+        """Keep what they print."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.ledger.append(Request(*json.loads(line)))
+
+    def stop(self) -> None:
+        """End them after the query that each is at."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.join(60)
+        assert self.process.wait(60) == 0, "the database clients ended by themselves"
 
 
 class HttpClient(threading.Thread):
-    """A client of the gateway through HAProxy: a call after the other, each over a new connection."""
+    """A client of the gateway through HAProxy that sends one call after the other."""
 
-    def __init__(self, client: Callable[[], httpx.Client], model: str, pause: float) -> None:
-        """Start it; `client` makes an HTTP client that holds the key of that moment."""
+    def __init__(
+        self, ledger: list[Request], client: Callable[[], httpx.Client], model: str, pause: float, calls: int
+    ) -> None:
+        """Start it; `client` makes an HTTP client with the key of that moment, a new one after so many calls."""
         super().__init__(daemon=True)
-        self.client, self.model, self.pause = client, model, pause
-        self.prefix = f"rotation-{model}-{uuid.uuid4().hex[:8]}"
-        self.count, self.failures, self.ended = 0, [], threading.Event()  # type: ignore[var-annotated]
+        self.ledger, self.client, self.model, self.pause, self.calls_of_connection = ledger, client, model, pause, calls
+        self.kind = f"http {'streams' if model == 'slow' else 'kept connection' if calls > 1 else 'new connections'}"
+        self.ended = threading.Event()
         self.start()
 
     def run(self) -> None:
         """Send until told to stop."""
+        prefix, count, client = f"rotation-{uuid.uuid4().hex[:12]}", 0, self.client()
         while not self.ended.is_set():
-            self.count += 1
+            count += 1
+            began, call_id, error = time.time(), f"{prefix}-{count}", ""
             try:
-                self.send(f"{self.prefix}-{self.count}")
-            except Exception as error:
-                self.failures.append(f"{time.strftime('%H:%M:%S')} {type(error).__name__}: {error}"[:300])
+                self.send(client, call_id)
+            except Exception as problem:  # whatever it is, it is what a client would have seen
+                error = f"{type(problem).__name__}: {problem}"[:300]
+            self.ledger.append(Request(began, self.kind, call_id, error))
+            if count % self.calls_of_connection == 0:
+                client.close()
+                client = self.client()
             self.ended.wait(self.pause)
 
-    def send(self, call_id: str) -> None:
+    def send(self, client: httpx.Client, call_id: str) -> None:
         """Send one call and read its answer to the end."""
         body = {"model": self.model, "stream": self.model == "slow", "messages": [{"role": "user", "content": call_id}]}
-        with (
-            self.client() as client,
-            client.stream("POST", "/v1/chat/completions", json=body, headers={"x-litellm-call-id": call_id}) as answer,
-        ):
+        headers = {"x-litellm-call-id": call_id}
+        with client.stream("POST", "/v1/chat/completions", json=body, headers=headers) as answer:
             text = "".join(answer.iter_text())
-            if answer.status_code != 200:
-                raise RuntimeError(f"HTTP {answer.status_code}: {text[:200]}")
-            if body["stream"] and not text.rstrip().endswith("data: [DONE]"):
-                raise RuntimeError("the stream ended before its end")
+        if answer.status_code != 200:
+            raise RuntimeError(f"HTTP {answer.status_code}: {text[:200]}")
+        if body["stream"] and not text.rstrip().endswith("data: [DONE]"):
+            raise RuntimeError("the stream ended before its end")
 
     def stop(self) -> None:
         """End it after the call that it is at."""
         self.ended.set()
         self.join(120)
+        assert not self.is_alive(), "a call did not end in two minutes"
