@@ -1,4 +1,6 @@
-"""Generate the secrets that a vault file lacks; values stay in memory and in the encrypted file.
+"""Generate the secrets that an inventory lacks, or new ones; values stay in memory and in the store.
+
+The store is a vault file, encrypted by Ansible, unless secret-store.yml beside the inventory names another.
 
 An action plugin, because a module would receive its arguments through a file or a pipe on a host, while
 this runs in the controller's process, where Ansible already holds the vault passwords.
@@ -6,18 +8,27 @@ this runs in the controller's process, where Ansible already holds the vault pas
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import secrets
 import string
+import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Protocol
 
 import yaml
 from ansible import constants
 from ansible.errors import AnsibleActionFail, AnsibleError
 from ansible.parsing.vault import VaultLib, VaultSecret, is_encrypted, match_encrypt_secret
 from ansible.plugins.action import ActionBase
+from pyrage.x25519 import Identity
+
+sys.path.insert(
+    0, os.path.join(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))), "plugins")
+)
+import secret_stores
 
 LETTERS = string.ascii_letters + string.digits
 HEADER = "---\n# Made by playbooks/create-secrets.yml. Read it with: ansible-vault view {name}\n"
@@ -28,27 +39,46 @@ def random_text(length: int = 48) -> str:
     return "".join(secrets.choice(LETTERS) for _ in range(length))
 
 
-def age_identity() -> str:
-    """Return a private key for age (https://age-encryption.org/v1, X25519), in Bech32 (BIP 173)."""
-    prefix, charset = "age-secret-key-", "qpzry9x8gf2tvdw0s3jn54khce6mua7l"
-    bits = f"{secrets.randbits(256):0256b}" + "0000"
-    values = [int(bits[start : start + 5], 2) for start in range(0, 260, 5)]
-    check = 1
-    expanded = [ord(character) >> 5 for character in prefix] + [0] + [ord(character) & 31 for character in prefix]
-    for value in [*expanded, *values, *[0] * 6]:
-        top, check = check >> 25, (check & 0x1FFFFFF) << 5 ^ value
-        for bit, generator in enumerate((0x3B6A57B2, 0x26508E6D, 0x1EA119FA, 0x3D4233DD, 0x2A1462B3)):
-            check ^= generator if top >> bit & 1 else 0
-    values += [(check ^ 1) >> 5 * (5 - place) & 31 for place in range(6)]
-    return (prefix + "1" + "".join(charset[value] for value in values)).upper()
-
-
-KINDS: dict[str, Callable[[], str]] = {
-    "password": lambda: f'"{random_text()}"',
-    "age_identity": lambda: f'"{age_identity()}"',
-    "gateway_key": lambda: f'"sk-{random_text()}"',
-    "empty_dict": lambda: "{}",
+KINDS: dict[str, Callable[[], object]] = {
+    "password": random_text,
+    "age_identity": lambda: str(Identity.generate()),
+    "gateway_key": lambda: f"sk-{random_text()}",
+    "empty_dict": dict,
 }
+
+
+class Store(Protocol):
+    """Where an inventory keeps its secrets. `place`: what messages call it."""
+
+    place: str
+
+    def read(self) -> dict[str, object]:
+        """Return all that it holds, by variable name; empty before the first write."""
+
+    def write(self, created: Mapping[str, object], replaced: Mapping[str, object]) -> None:
+        """Add new names and give others new values; what is not named stays as it is."""
+
+
+class VaultFile:
+    """The store that Ansible brings: vault.yml in the inventory's group_vars, encrypted as a whole."""
+
+    def __init__(self, path: str, vault: VaultLib) -> None:
+        """Take the file and the passwords."""
+        self.place, self._vault = path, vault
+        self._text, self._vault_id = read_vault(path, vault)
+
+    def read(self) -> dict[str, object]:
+        """See Store."""
+        return parse(self._text, self.place)
+
+    def write(self, created: Mapping[str, object], replaced: Mapping[str, object]) -> None:
+        """See Store; comments and lines of others stay as they are."""
+        text = replace_values(add_values(self._text, created, self.place), replaced, self.place)
+        chosen, secret = match_encrypt_secret(
+            self._vault.secrets, self._vault_id or constants.DEFAULT_VAULT_ENCRYPT_IDENTITY
+        )
+        keep_id = self._vault_id or (chosen if chosen != constants.DEFAULT_VAULT_IDENTITY else None)
+        write_encrypted(self.place, text, self._vault, secret, keep_id)
 
 
 def read_vault(path: str, vault: VaultLib) -> tuple[str, str | None]:
@@ -88,45 +118,42 @@ def parse(text: str, path: str) -> dict[str, object]:
     return present
 
 
-def add_missing(text: str, kinds: Mapping[str, str], path: str) -> tuple[str, list[str]]:
-    """Return `text` with a generated value for each name of `kinds` that it lacks, and the names added.
+def lacking(present: Mapping[str, object], names: Iterable[str], place: str) -> list[str]:
+    """Return the names without a value; one that is there without a value is refused, never filled."""
+    if empty := [name for name in names if name in present and present[name] in (None, "")]:
+        raise AnsibleActionFail(
+            f"{place} sets {', '.join(empty)} to nothing, and existing entries are never overwritten. "
+            f"Fill them in or remove them (a vault file: ansible-vault edit {place}), then run this again."
+        )
+    return [name for name in names if name not in present]
+
+
+def add_values(text: str, values: Mapping[str, object], path: str) -> str:
+    """Return `text` with a line for each of the values.
 
     The text is appended to, never rewritten: comments, order and values of the user stay as they are.
     """
-    present = parse(text, path)
-    empty = [name for name in kinds if name in present and present[name] in (None, "")]
-    if empty:
-        raise AnsibleActionFail(
-            f"{path} sets {', '.join(empty)} to nothing, and existing entries are never overwritten. "
-            f"Fill them in or remove the lines (ansible-vault edit {path}), then run this again."
-        )
-    missing = [name for name in kinds if name not in present]
-    if not missing:
-        return text, []
+    if not values:
+        return text
     text = text or HEADER.format(name=os.path.basename(path))
     if not text.endswith("\n"):
         text += "\n"
-    return text + "".join(f"{name}: {KINDS[kinds[name]]()}\n" for name in missing), missing
+    return text + "".join(f"{name}: {json.dumps(value)}\n" for name, value in values.items())
 
 
-def replace_values(text: str, kinds: Mapping[str, str], path: str) -> str:
-    """Return `text` with a new value for each name of `kinds`; only the lines of these names change."""
+def replace_values(text: str, values: Mapping[str, object], path: str) -> str:
+    """Return `text` with other values for these names; only their lines change."""
     before = parse(text, path)
-    for name, kind in kinds.items():
-        if not isinstance(before.get(name), str):
-            raise AnsibleActionFail(
-                f"{path} does not set {name} to a text, so it cannot be rotated there. "
-                "Rotate a value that is set elsewhere by changing it there and running site.yml."
-            )
+    for name, value in values.items():
         quoted = r"""(?:"[^"\\\n]*"|'[^'\n]*')[ \t]*(?:#[^\n]*)?"""
         pattern = rf"(?m)^{re.escape(name)}:[ \t]*(?:{quoted}|[^\s|>&*!{{\[\"'][^\n]*)$"
-        text, count = re.subn(pattern, f"{name}: {KINDS[kind]()}", text)
+        text, count = re.subn(pattern, lambda _line, name=name, value=value: f"{name}: {json.dumps(value)}", text)
         if count != 1:
             raise AnsibleActionFail(
                 f"{path} does not have {name} on one line of its own. Write it as `{name}: value` (ansible-vault edit)."
             )
     after = parse(text, path)
-    if {name for name in after if after[name] != before.get(name)} != set(kinds) or before.keys() != after.keys():
+    if {name for name in after if after[name] != before.get(name)} != set(values) or before.keys() != after.keys():
         raise AnsibleActionFail(f"{path} could not be changed line by line; nothing was written.")
     return text
 
@@ -156,16 +183,15 @@ def write_encrypted(path: str, text: str, vault: VaultLib, secret: VaultSecret, 
         raise
 
 
-def default_directory(sources: list[str]) -> str:
-    """Return group_vars/all of the one inventory in use, given Ansible's list of inventory sources."""
+def inventory_directory(sources: list[str]) -> str:
+    """Return the directory of the one inventory in use, given Ansible's list of inventory sources."""
     paths = [source for source in sources if os.path.exists(source)]
     if len(paths) != 1:
         raise AnsibleActionFail(
             f"Name exactly one inventory: -i inventories/<environment> (seen: {', '.join(sources) or 'none'}), "
             "or a directory for the vault file: -e secrets_directory=<directory>."
         )
-    base = paths[0] if os.path.isdir(paths[0]) else os.path.dirname(paths[0])
-    return os.path.join(os.path.abspath(base), "group_vars", "all")
+    return os.path.abspath(paths[0] if os.path.isdir(paths[0]) else os.path.dirname(paths[0]))
 
 
 class ActionModule(ActionBase):
@@ -188,29 +214,34 @@ class ActionModule(ActionBase):
         if unknown:
             raise AnsibleActionFail(f"unknown kind of secret: {', '.join(unknown)}; known: {', '.join(KINDS)}")
 
+        store = self._store(list(variables.get("ansible_inventory_sources") or []))
+        present = store.read()
+        if not self._task.args.get("directory"):
+            # A value that another file of the inventory sets is the user's decision: leave it alone.
+            kinds = {name: kind for name, kind in kinds.items() if name in present or name not in variables}
+        created = {name: KINDS[kinds[name]]() for name in lacking(present, kinds, store.place)}
+        rotate = [name for name in self._task.args.get("rotate") or [] if name not in created]
+        if unfit := [name for name in rotate if not isinstance(present.get(name), str)]:
+            raise AnsibleActionFail(
+                f"{store.place} does not set {', '.join(unfit)} to a text, so it cannot be rotated there. "
+                "Rotate a value that is set elsewhere by changing it there and running site.yml."
+            )
+        replaced = {name: KINDS[self._task.args["secrets"][name]]() for name in rotate}
+        if (created or replaced) and not self._task.check_mode:
+            store.write(created, replaced)
+        result.update(changed=bool(created or replaced), path=store.place, created=list(created), rotated=rotate)
+        return result
+
+    def _store(self, sources: list[str]) -> Store:
         directory = self._task.args.get("directory")
         if directory:
             directory = os.path.abspath(os.path.expanduser(directory))
         else:
-            directory = default_directory(list(variables.get("ansible_inventory_sources") or []))
-        path = os.path.join(directory, "vault.yml")
-
-        vault = VaultLib(self._vault_secrets())
-        text, vault_id = read_vault(path, vault)
-        if not self._task.args.get("directory"):
-            # A value that another file of the inventory sets is the user's decision: leave it alone.
-            in_file = parse(text, path)
-            kinds = {name: kind for name, kind in kinds.items() if name in in_file or name not in variables}
-        text, created = add_missing(text, kinds, path)
-        rotate = {name: self._task.args["secrets"][name] for name in self._task.args.get("rotate") or []}
-        rotate = {name: kind for name, kind in rotate.items() if name not in created}
-        text = replace_values(text, rotate, path)
-        if (created or rotate) and not self._task.check_mode:
-            chosen, secret = match_encrypt_secret(vault.secrets, vault_id or constants.DEFAULT_VAULT_ENCRYPT_IDENTITY)
-            keep_id = vault_id or (chosen if chosen != constants.DEFAULT_VAULT_IDENTITY else None)
-            write_encrypted(path, text, vault, secret, keep_id)
-        result.update(changed=bool(created or rotate), path=path, created=created, rotated=list(rotate))
-        return result
+            base = inventory_directory(sources)
+            if settings := secret_stores.settings_file(base):
+                return secret_stores.Store(settings)
+            directory = os.path.join(base, "group_vars", "all")
+        return VaultFile(os.path.join(directory, "vault.yml"), VaultLib(self._vault_secrets()))
 
     def _vault_secrets(self) -> list[tuple[str, VaultSecret]]:
         found = list(getattr(self._loader, "_vault", VaultLib()).secrets or [])

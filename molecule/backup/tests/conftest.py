@@ -1,11 +1,14 @@
-"""Hosts of the scenario, a gateway that writes all the while, and the recovery key."""
+"""Hosts of the scenario, a gateway that writes all the while, the recovery key and the runbook's commands."""
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -15,6 +18,17 @@ PROJECT = SCENARIO.parents[1]
 HOSTS = yaml.safe_load((SCENARIO / "inventory/hosts.yml").read_text())["all"]["hosts"]
 PYTHON = "/opt/litellm-sqlalchemy/current/bin/python"
 SPOOL = "/var/spool/litellm-sqlalchemy"
+INVENTORY = Path(os.environ.get("MOLECULE_INVENTORY_FILE", SCENARIO / "inventory/hosts.yml")).parent
+
+
+class Secret(str):
+    """A text that a failed test does not show."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        """Return no part of it."""
+        return "<secret>"
 
 
 class Host:
@@ -23,11 +37,21 @@ class Host:
     def __init__(self, name: str) -> None:
         """Take the name in the inventory."""
         self.name, self.container = name, HOSTS[name]["ansible_host"]
+        self._pid = "none"
 
     def try_run(self, command: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
         """Run a shell command; return how it ended."""
-        words = ["podman", "exec", "--interactive", self.container, "bash", "-c", command]
-        return subprocess.run(words, input=stdin, capture_output=True, text=True)
+        namespaces = ["--mount", "--uts", "--ipc", "--net", "--pid", "--cgroup"]
+        enter = ["nsenter", f"--target={self._process()}", *namespaces, "--wd"]
+        clean = ["env", "-i", "HOME=/root", "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"]
+        return subprocess.run([*enter, *clean, "bash", "-c", command], input=stdin, capture_output=True, text=True)
+
+    def _process(self) -> str:
+        """Return the container's first process: podman exec would take a second where entering it takes none."""
+        if not Path(f"/proc/{self._pid}").exists():
+            command = ["podman", "container", "inspect", "--format", "{{.State.Pid}}", self.container]
+            self._pid = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return self._pid
 
     def run(self, command: str, stdin: str = "") -> str:
         """Run a shell command that must succeed; return its output."""
@@ -59,29 +83,70 @@ def store() -> Host:
     return Host("store1")
 
 
+ENVIRONMENT = {**os.environ, "ANSIBLE_VAULT_PASSWORD_FILE": str(PROJECT / "scripts/vault-password")}
+
+
+def controller(command: str, check: bool = True, cwd: Path = PROJECT) -> str:
+    """Run a shell command in the project's directory, as an operator does; return its output."""
+    began = time.monotonic()
+    environment = {**ENVIRONMENT, "ANSIBLE_CONFIG": str(cwd / "ansible.cfg")}
+    done = subprocess.run(["bash", "-c", command], cwd=cwd, env=environment, capture_output=True, text=True)
+    print(f"{time.monotonic() - began:.0f} s: {command}")
+    assert not check or done.returncode == 0, done.stdout[-4000:] + done.stderr
+    return done.stdout + done.stderr
+
+
+def play(name: str, **variables: object) -> str:
+    """Return the command that runs a playbook."""
+    return shlex.join(["ansible-playbook", "-i", str(INVENTORY), f"playbooks/{name}", "-e", json.dumps(variables)])
+
+
+class Runbook:
+    """The commands of docs/operations/disasters.md, and which of them were run."""
+
+    #: What stands for a value of the deployment there.
+    PLACES = ("2026-11-23T14:30:00+00:00", "20261123T140000Z", "20261122T050312Z", "public.requests")
+
+    def __init__(self) -> None:
+        """Read the page: every line of a code block is a command."""
+        blocks = re.findall(r"^ *```\n(.*?)^ *```", (PROJECT / "docs/operations/disasters.md").read_text(), re.M | re.S)
+        self.commands = {line.strip() for block in blocks for line in block.splitlines() if line.strip()}
+        self.pending = set(self.commands)
+
+    def run(
+        self,
+        words: str,
+        *,
+        values: tuple[str, ...] = (),
+        on: Host | None = None,
+        user: str = "root",
+        inventory: Path = INVENTORY,
+        variables: dict | None = None,
+        **how: Any,
+    ) -> str:
+        """Run the shortest command that has these words, with `values` in the places of those of the page."""
+        command = min((command for command in self.commands if words in command), key=len)
+        self.pending.discard(command)
+        places = [place for place in self.PLACES if place in command]
+        for place, value in zip(places, values, strict=True):
+            command = command.replace(place, value)
+        if on:
+            return on.run(command if user == "root" else f"runuser -u {user} -- sh -c {shlex.quote(command)}")
+        command = command.replace("inventories/production", str(inventory))
+        return controller(command + (f" -e {shlex.quote(json.dumps(variables))}" if variables else ""), **how)
+
+
 @pytest.fixture(scope="session")
-def playbook() -> Callable[..., str]:
-    """`playbook("restore-backup.yml", restore_target="db1")` runs it as an operator does."""
-
-    def run(name: str, check: bool = True, **variables: str) -> str:
-        inventory = Path(os.environ.get("MOLECULE_INVENTORY_FILE", SCENARIO / "inventory/hosts.yml"))
-        directory = inventory.parent if inventory.suffix else inventory
-        command = ["ansible-playbook", "-i", str(directory), f"playbooks/{name}", "-e", json.dumps(variables)]
-        environment = {**os.environ, "ANSIBLE_VAULT_PASSWORD_FILE": str(PROJECT / "scripts/vault-password")}
-        done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True)
-        assert not check or done.returncode == 0, done.stdout[-4000:] + done.stderr
-        return done.stdout + done.stderr
-
-    return run
+def runbook() -> Runbook:
+    """The runbook."""
+    return Runbook()
 
 
 @pytest.fixture(scope="session")
 def recovery_key() -> str:
     """The secret that opens the dumps; on no host."""
     file = SCENARIO / "inventory/group_vars/all/vault.yml"
-    environment = {**os.environ, "ANSIBLE_VAULT_PASSWORD_FILE": str(PROJECT / "scripts/vault-password")}
-    text = subprocess.run(["ansible-vault", "view", file], env=environment, capture_output=True, text=True, check=True)
-    return str(yaml.safe_load(text.stdout)["vault_postgresql_backup_identity"])
+    return Secret(yaml.safe_load(controller(f"ansible-vault view {file}"))["vault_postgresql_backup_identity"])
 
 
 class Gateway(Host):

@@ -22,6 +22,8 @@ EPHEMERAL = Path(os.environ.get("MOLECULE_EPHEMERAL_DIRECTORY", PROJECT / ".cach
 CONTAINER = yaml.safe_load((SCENARIO / "inventory/hosts.yml").read_text())["all"]["hosts"]["gateway1"]["ansible_host"]
 
 Run = Callable[..., str]
+Show = Callable[[str, list[list[str]]], None]
+TABLES = pytest.StashKey[list[str]]()
 Psql = Callable[..., list[list[str]]]
 Chat = Callable[..., httpx.Response]
 StoredCall = Callable[..., list[dict[str, Any]]]
@@ -121,6 +123,34 @@ def stored_call(psql: Psql) -> StoredCall:
         return [json.loads(row[0]) for row in rows]
 
     return find
+
+
+@pytest.fixture(scope="session")
+def active(psql: Psql) -> dict[str, str]:
+    """The active login of each pair, as the server knows it."""
+    enabled = psql(
+        "SELECT rolname FROM pg_roles WHERE rolcanlogin AND rolname LIKE 'litellm%'"
+        " ORDER BY shobj_description(oid, 'pg_authid')"
+    )
+    return {name[:-2]: name for (name,) in enabled}
+
+
+@pytest.fixture(scope="session")
+def show(pytestconfig: pytest.Config) -> Show:
+    """`show("Title", rows)` prints a table at the end of the tests."""
+
+    def keep(title: str, rows: list[list[str]]) -> None:
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        pytestconfig.stash.setdefault(TABLES, []).extend(["", title, *lines])
+
+    return keep
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Print the tables that tests have kept."""
+    for line in config.stash.get(TABLES, []):
+        terminalreporter.write_line(line)
 
 
 @pytest.hookimpl(wrapper=True)

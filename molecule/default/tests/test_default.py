@@ -18,11 +18,13 @@ UNITS = ("litellm@1", "litellm@2", "litellm-log-writer")
 GATEWAYS = ("127.0.0.1:4000", "127.0.0.1:4001")
 # Where secrets are kept: the credentials that systemd hands to units, readable by root alone.
 SECRET_FILES = {
-    "/etc/litellm/credentials/LITELLM_MASTER_KEY",
-    "/etc/litellm-sqlalchemy/credentials/writer.json",
-    "/etc/litellm-sqlalchemy/credentials/reader.json",
-    "/etc/litellm-sqlalchemy/credentials/migrator.json",
-    "/etc/litellm-sqlalchemy/credentials/monitor.json",
+    "/etc/litellm-sqlalchemy/credentials/writer.json": "root:root 600",
+    "/etc/litellm-sqlalchemy/credentials/reader.json": "root:root 600",
+    "/etc/litellm-sqlalchemy/credentials/migrator.json": "root:root 600",
+    "/etc/litellm-sqlalchemy/credentials/monitor.json": "root:root 600",
+    "/etc/postgresql-backup/database.json": "root:root 600",
+    "/etc/postgresql-backup/drill-pgbackrest.conf": "root:root 600",
+    "/etc/pgbackrest.conf": "root:postgres 640",
 }
 # Runs on the host; reads the secrets from stdin, so that they are in no process list. Prints {place: [names]}.
 SCAN = r"""
@@ -68,9 +70,10 @@ def test_exactly_these_sockets_listen(host: Host, address: str) -> None:
 
 
 def test_the_validation_report_is_green(run: Run) -> None:
-    report = json.loads(run("litellm-sqlalchemy", "validate", "--json"))
-    assert [check for check in report["checks"] if not check["ok"]] == []
-    assert len(report["checks"]) >= 17
+    for command, checks in (("litellm-sqlalchemy", 17), ("postgresql-backup", 6)):
+        report = json.loads(run(command, "validate", "--json"))
+        assert [check for check in report["checks"] if not check["ok"]] == []
+        assert len(report["checks"]) >= checks
 
 
 def test_a_chat_is_stored_as_it_was_said(chat: Chat, stored_call: StoredCall) -> None:
@@ -125,17 +128,26 @@ def test_a_wrong_key_is_refused_and_stored(gateway: httpx.Client, stored_call: S
 
 
 @pytest.mark.parametrize("unit", UNITS)
-def test_a_killed_unit_comes_back(unit: str, host: Host, run: Run, chat: Chat, stored_call: StoredCall) -> None:
-    before = host.check_output(f"systemctl show --value --property=MainPID {unit}")
-    run("kill", "-KILL", before)
+def test_a_killed_unit_comes_back_while_the_others_serve(
+    unit: str, host: Host, run: Run, chat: Chat, stored_call: StoredCall
+) -> None:
+    def main_pids() -> dict[str, str]:
+        return {name: host.check_output(f"systemctl show --value --property=MainPID {name}") for name in UNITS}
+
+    before = main_pids()
+    run("kill", "-KILL", before[unit])
+    ready = "import sys, urllib.request; print(urllib.request.urlopen(sys.argv[1]).status)"
+    for name, address in dict(zip(UNITS, GATEWAYS, strict=False)).items():
+        assert name == unit or run("python3", "-c", ready, f"http://{address}/health/readiness").strip() == "200"
     deadline = time.monotonic() + 150
     while time.monotonic() < deadline:
         state = host.check_output(f"systemctl show --property=MainPID,ActiveState {unit}")
-        if "ActiveState=active" in state and f"MainPID={before}" not in state:
+        if "ActiveState=active" in state and f"MainPID={before[unit]}" not in state:
             break
         time.sleep(1)
     else:
         pytest.fail(f"{unit} did not come back: {state}")
+    assert [name for name, pid in main_pids().items() if pid != before[name]] == [unit]
     this = call_id()
     while time.monotonic() < deadline:
         try:
@@ -205,10 +217,11 @@ def test_no_secret_is_in_the_output_of_the_deployment(secrets: dict[str, Any]) -
 
 def test_secrets_are_only_in_the_credentials(secrets: dict[str, Any], run: Run) -> None:
     found = json.loads(run("python3", "-c", SCAN, input=json.dumps(strings(secrets))))
-    assert set(found) == SECRET_FILES
-    assert "vault_postgresql_ca_passphrase" not in {name for names in found.values() for name in names}
-    for file in SECRET_FILES:
-        assert run("stat", "--format=%U:%G %a", file).strip() == "root:root 600"
+    assert set(found) == SECRET_FILES.keys()
+    kept_by_the_controller = {"vault_postgresql_ca_passphrase", "vault_postgresql_backup_identity"}
+    assert not kept_by_the_controller & {name for names in found.values() for name in names}
+    for file, access in SECRET_FILES.items():
+        assert run("stat", "--format=%U:%G %a", file).strip() == access
 
 
 def test_the_search_for_secrets_finds_what_is_there(run: Run) -> None:

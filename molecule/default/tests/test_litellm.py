@@ -1,6 +1,5 @@
-"""The gateway's and the writer's units: hardened, bound to one address, free of visible secrets, back after a kill."""
+"""The gateway's and the writer's units: hardened, bound to one address, free of visible secrets."""
 
-import contextlib
 import json
 import time
 
@@ -13,7 +12,6 @@ WRITER = "litellm-log-writer.service"
 UNITS = (*GATEWAYS, WRITER)
 FIRST_PORT = 4000
 READY_WITHIN = 120  # seconds; a start takes about 15 on a quiet machine
-MAXIMAL_EXPOSURE = 1.2
 DATABASE_VARIABLES = ("DATABASE_URL", "DIRECT_URL", "DATABASE_HOST", "DATABASE_USERNAME", "DATABASE_NAME")
 
 
@@ -21,7 +19,8 @@ DATABASE_VARIABLES = ("DATABASE_URL", "DIRECT_URL", "DATABASE_HOST", "DATABASE_U
 def secrets(host):
     """Return the values of all credential files of gateway and writer by file."""
     files = host.check_output("find /etc/litellm/credentials /etc/litellm-sqlalchemy/credentials -type f").split()
-    values = {file: host.file(file).content_string for file in files}
+    open_it = "case %s in *.cred) systemd-creds decrypt --name=$(basename %s .cred) %s ;; *) cat %s ;; esac"
+    values = {file: host.check_output(open_it, *[file] * 4) for file in files}
     assert len(values) >= 3
     return {f: json.loads(v)["password"] if f.endswith(".json") else v for f, v in values.items()}
 
@@ -61,26 +60,11 @@ def bind_address(host):
     return show(host, GATEWAYS[0], "ExecStart").split("/etc/litellm/config.yaml ")[1].split()[0]
 
 
-@contextlib.contextmanager
-def unchanged_main_pids(host, units):
-    before = [main_pid(host, unit) for unit in units]
-    yield
-    assert [main_pid(host, unit) for unit in units] == before
-
-
 @pytest.mark.parametrize("unit", UNITS)
 def test_unit_is_enabled_and_ready(host, unit):
     assert host.service(unit).is_enabled
     assert is_active(host, unit)
     assert show(host, unit, "Type") == "notify"
-
-
-@pytest.mark.parametrize("unit", UNITS)
-def test_exposure_is_low(host, unit):
-    """systemd's own measure of what the service could reach, 0 (nothing) to 10 (everything)."""
-    overall = host.check_output("systemd-analyze security --no-pager %s", unit).splitlines()[-1]
-    exposure = float(overall.split(":")[1].split()[0])
-    assert exposure <= MAXIMAL_EXPOSURE, overall
 
 
 @pytest.mark.parametrize("unit", UNITS)
@@ -159,26 +143,6 @@ def test_running_process_uses_a_release_not_the_link(host):
     mapped = host.file(f"/proc/{main_pid(host, GATEWAYS[0])}/maps").content_string
     assert "/opt/litellm/releases/" in mapped
     assert "/opt/litellm/current/" not in mapped
-
-
-def test_killed_instance_comes_back_while_the_other_serves(host):
-    address, victim = bind_address(host), main_pid(host, GATEWAYS[0])
-    with unchanged_main_pids(host, GATEWAYS[1:]):
-        host.check_output("kill -9 %s", victim)
-        other = (
-            "import urllib.request;"
-            f"print(urllib.request.urlopen('http://{address}:{FIRST_PORT + 1}/health/readiness').status)"
-        )
-        assert host.check_output("python3 -c %s", other) == "200"
-        wait_for(
-            host, GATEWAYS[0], lambda: main_pid(host, GATEWAYS[0]) not in ("0", victim) and is_active(host, GATEWAYS[0])
-        )
-
-
-def test_killed_writer_comes_back(host):
-    victim = main_pid(host, WRITER)
-    host.check_output("kill -9 %s", victim)
-    wait_for(host, WRITER, lambda: main_pid(host, WRITER) not in ("0", victim) and is_active(host, WRITER))
 
 
 def test_writer_reports_to_the_watchdog(host):

@@ -1,20 +1,22 @@
 """What the database server refuses and what it lets through, asked of the running server."""
 
 import json
+import re
 import shlex
+import uuid
 
 import pytest
 
 testinfra_hosts = ["postgresql"]
 
 UNIT = "postgresql@17-main.service"
-MAXIMAL_EXPOSURE = 1.5
 PAIRS = ("litellm_migrator", "litellm_writer", "litellm_reader", "litellm_monitor")
 LOGINS = [f"{pair}_{end}" for pair in PAIRS for end in "ab"]
 GROUPS = {"litellm_owner", "litellm_writer", "litellm_reader", "litellm_maintainer", "litellm_monitor"}
 BACKUP_LOGINS = ["litellm_backup_a", "litellm_backup_b"]
+CERTIFICATES = "/etc/litellm-sqlalchemy/certificates"
 VERIFIED = "sslmode=verify-full sslrootcert=/etc/postgresql/17/main/tls/ca.crt channel_binding=require"
-DENIED, READ_ONLY = "42501", "25006"  # SQLSTATE: insufficient_privilege, read_only_sql_transaction
+READ_ONLY = "25006"  # SQLSTATE: read_only_sql_transaction
 
 
 @pytest.fixture(scope="module")
@@ -37,16 +39,6 @@ def own_address(host, sql):
 
 
 @pytest.fixture(scope="module")
-def active(sql):
-    """Return the active login by pair, as the server knows it."""
-    enabled = sql(
-        "SELECT r.rolname FROM pg_roles AS r WHERE rolcanlogin AND rolname LIKE 'litellm%'"
-        " ORDER BY shobj_description(oid, 'pg_authid')"
-    )
-    return {name[:-2]: name for (name,) in enabled}
-
-
-@pytest.fixture(scope="module")
 def passwords(secrets):
     return {pair: secrets[f"vault_{pair}_password"] for pair in PAIRS}
 
@@ -57,24 +49,13 @@ def connect(host, own_address, active, passwords):
 
     def run(pair, statements="SELECT 1", parameters=VERIFIED, database="litellm", password=None, address=own_address):
         target = f"host={address} dbname={database} user={active[pair]} connect_timeout=10 {parameters}"
+        target += f" sslcert={CERTIFICATES}/{active[pair]}/client.crt sslkey={CERTIFICATES}/{active[pair]}/client.key"
         statements = [statements] if isinstance(statements, str) else statements
         commands = " ".join(f"-c {shlex.quote(statement)}" for statement in statements)
         secret = shlex.quote(password or passwords[pair])
         return host.run(f"PGPASSWORD={secret} psql -XAtq -v VERBOSITY=sqlstate {commands} {shlex.quote(target)}")
 
     return run
-
-
-@pytest.fixture(scope="module")
-def another_authority(host):
-    path = "/tmp/another-authority.crt"
-    host.check_output(
-        "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout /dev/null -out %s"
-        " -subj /CN=another -days 1 2>/dev/null",
-        path,
-    )
-    yield path
-    host.check_output("rm -f %s", path)
 
 
 def test_version_and_checksums(sql):
@@ -85,12 +66,6 @@ def test_version_and_checksums(sql):
 def test_it_runs_and_starts_at_boot(host):
     assert host.service("postgresql").is_enabled
     assert host.service(UNIT).is_running
-
-
-def test_unit_is_hardened(host):
-    report = host.check_output("systemd-analyze security --no-pager %s", UNIT)
-    exposure = float(report.rpartition("Overall exposure level for")[2].split(": ")[1].split()[0])
-    assert exposure <= MAXIMAL_EXPOSURE, report
 
 
 def test_it_listens_on_the_named_addresses_only(host, sql):
@@ -118,92 +93,14 @@ def test_exact_pg_hba_rules(sql, own_address):
     assert {own_address, "127.0.0.1"} <= set(addresses)
     for rule in network:
         mask = "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff" if ":" in rule[3] else "255.255.255.255"
-        assert rule == ("hostssl", "litellm", ",".join(LOGINS), rule[3], mask, "scram-sha-256", None, None)
+        options = ["clientcert=verify-full"]
+        assert rule == ("hostssl", "litellm", ",".join(LOGINS), rule[3], mask, "scram-sha-256", options, None)
 
 
 def test_a_verified_connection_works_with_tls_1_3(connect):
     for pair in PAIRS:
         result = connect(pair, "SELECT version FROM pg_stat_ssl WHERE pid = pg_backend_pid()")
         assert (result.rc, result.stdout.strip()) == (0, "TLSv1.3"), result.stderr
-
-
-@pytest.mark.parametrize(
-    ("parameters", "reason"),
-    [
-        ("sslmode=disable", "no encryption"),
-        ("sslmode=verify-full sslrootcert={another}", "certificate verify failed"),
-        (VERIFIED.replace("channel_binding", "ssl_max_protocol_version=TLSv1.2 channel_binding"), "protocol version"),
-        (VERIFIED.replace("channel_binding=require", "require_auth=md5"), "authentication method requirement"),
-        (VERIFIED.replace("channel_binding=require", "require_auth=password"), "authentication method requirement"),
-        (VERIFIED.replace("channel_binding=require", "require_auth=none"), "authentication method requirement"),
-    ],
-)
-def test_an_unsafe_connection_is_refused(connect, another_authority, parameters, reason):
-    result = connect("litellm_writer", parameters=parameters.format(another=another_authority))
-    assert result.rc == 2
-    assert reason in result.stderr
-
-
-def test_a_wrong_host_name_is_refused(connect, own_address):
-    result = connect("litellm_writer", parameters=f"hostaddr={own_address} {VERIFIED}", address="other.example.net")
-    assert result.rc == 2
-    assert 'does not match host name "other.example.net"' in result.stderr
-
-
-def test_a_wrong_password_is_refused(connect):
-    result = connect("litellm_writer", password="wrong")
-    assert result.rc == 2
-    assert "password authentication failed" in result.stderr
-
-
-@pytest.mark.parametrize("database", ["postgres", "template1"])
-@pytest.mark.parametrize("pair", PAIRS)
-def test_other_databases_are_refused(connect, pair, database):
-    result = connect(pair, database=database)
-    assert result.rc == 2
-    assert "no pg_hba.conf entry" in result.stderr
-
-
-def test_the_superuser_is_refused_over_the_network(host, own_address):
-    target = f"host={own_address} dbname=litellm user=postgres {VERIFIED}"
-    result = host.run("PGPASSWORD=any psql -XAtqc 'SELECT 1' %s", target)
-    assert result.rc == 2
-    assert "no pg_hba.conf entry" in result.stderr
-
-
-def test_nobody_but_postgres_comes_in_over_the_socket(host):
-    result = host.run("runuser -u nobody -- psql -U postgres -d litellm -XAtqc 'SELECT 1'")
-    assert result.rc == 2
-    assert "Peer authentication failed" in result.stderr
-
-
-FORBIDDEN_TO_ALL = {
-    "SELECT rolpassword FROM pg_authid": DENIED,
-    "SET ROLE postgres": DENIED,
-    "SET ROLE litellm_maintainer": DENIED,
-    "SELECT pg_read_file('/etc/passwd')": DENIED,
-    "COPY (SELECT 1) TO PROGRAM 'true'": DENIED,
-    "CREATE SCHEMA s": DENIED,
-    "CREATE TABLE public.t ()": DENIED,
-    "CREATE ROLE intruder": DENIED,
-    "DROP DATABASE postgres": DENIED,
-}
-FORBIDDEN = {
-    "litellm_migrator": {"CREATE TEMPORARY TABLE t ()": DENIED},
-    "litellm_writer": {"SET ROLE litellm_owner": DENIED},
-    "litellm_reader": {"SET ROLE litellm_owner": DENIED, "CREATE TEMPORARY TABLE t ()": DENIED},
-    "litellm_monitor": {"SET ROLE litellm_owner": DENIED, "CREATE TEMPORARY TABLE t ()": DENIED},
-}
-
-
-@pytest.mark.parametrize("pair", PAIRS)
-def test_what_a_role_must_not_do_is_refused(connect, pair):
-    expected = {**FORBIDDEN_TO_ALL, **FORBIDDEN[pair]}
-    # A reader may lift its own read-only default, so that is no protection to rely on.
-    result = connect(pair, ["SET default_transaction_read_only = off", *expected])
-    answers = [line.removeprefix("ERROR:  ") for line in result.stderr.splitlines()]
-    assert result.stdout == ""
-    assert dict(zip(expected, answers, strict=True)) == expected
 
 
 @pytest.mark.parametrize("pair", ["litellm_reader", "litellm_monitor"])
@@ -233,43 +130,6 @@ def test_exact_roles(sql):
         assert both == [(False, None, False), (True, "SCRAM-SHA-256$4096:", False)], pair
 
 
-def test_exact_memberships(sql):
-    expected = {("litellm_monitor", "pg_monitor", True, False, False)}
-    expected |= {("litellm_backup", "pg_read_all_data", True, False, False)}
-    expected |= {(login, "litellm_backup", True, False, False) for login in BACKUP_LOGINS}
-    for end in "ab":
-        expected.add((f"litellm_migrator_{end}", "litellm_owner", False, True, False))
-        expected |= {(f"{g}_{end}", g, True, False, False) for g in PAIRS if g != "litellm_migrator"}
-    found = sql(
-        "SELECT m.member::regrole::text AS a, m.roleid::regrole::text AS b, inherit_option, set_option, admin_option"
-        " FROM pg_auth_members AS m WHERE m.member::regrole::text !~ '^pg_'"
-    )
-    assert set(found) == expected
-
-
-def test_exact_privileges_on_databases(sql):
-    found = sql(
-        "SELECT d.datname, a.grantee::regrole::text AS g, a.privilege_type FROM pg_database AS d,"
-        " aclexplode(coalesce(d.datacl, acldefault('d', d.datdba))) AS a WHERE a.grantee <> d.datdba"
-    )
-    connecting = {"litellm_migrator_a", "litellm_migrator_b", *GROUPS} - {"litellm_owner"}
-    expected = {("litellm", role, "CONNECT") for role in connecting} | {("litellm", "litellm_writer", "TEMPORARY")}
-    expected |= {(database, "litellm_backup", "CONNECT") for database in ("litellm", "backup")}
-    assert set(found) == expected
-
-
-@pytest.mark.parametrize("database", ["litellm", "postgres", "template1"])
-def test_public_has_nothing_on_the_schema_public(sql, database):
-    found = sql(
-        "SELECT a.grantee::regrole::text AS g, a.privilege_type FROM pg_namespace AS n,"
-        " aclexplode(coalesce(n.nspacl, acldefault('n', n.nspowner))) AS a"
-        " WHERE n.nspname = 'public' AND a.grantee <> n.nspowner",
-        database,
-    )
-    users = GROUPS - {"litellm_owner"} if database == "litellm" else set()
-    assert set(found) == {(role, "USAGE") for role in users}
-
-
 def test_every_login_has_a_connection_limit(sql):
     limits = dict(sql("SELECT rolname, rolconnlimit FROM pg_roles WHERE rolname ~ '^litellm.*_[ab]$'"))
     assert limits.keys() == {*LOGINS, *BACKUP_LOGINS}
@@ -288,8 +148,40 @@ def test_files_are_not_readable_by_others(host):
 
 
 def test_log_and_journal_hold_no_password_and_no_verifier(host, passwords):
+    log = host.check_output("cat /var/log/postgresql/*.log /var/log/postgresql/17-main/*")
+    journal = host.check_output("journalctl --no-pager")
+    assert "AUDIT: SESSION" in log
     for pair, password in passwords.items():
-        found = host.run("grep --fixed-strings --count -- %s /var/log/postgresql/postgresql-17-main.log", password)
-        assert found.stdout.strip() == "0", pair
-        assert host.run("journalctl --no-pager | grep --fixed-strings -- %s", password).stdout == "", pair
-    assert host.run("grep -F 'SCRAM-SHA-256$' /var/log/postgresql/postgresql-17-main.log").stdout == ""
+        assert password not in log, pair
+        assert password not in journal, pair
+    assert not re.search(r"SCRAM-SHA-256\$\d+:", log)
+    assert "PASSWORD <REDACTED>" in log
+
+
+def test_the_audit_log_has_roles_privileges_and_ddl(host):
+    name = f"audited_{uuid.uuid4().hex}"
+    statements = {
+        f"CREATE ROLE {name}": ["ROLE", "CREATE ROLE"],
+        f"ALTER ROLE {name} PASSWORD 'never-1-logged'": ["ROLE", "ALTER ROLE"],
+        f"CREATE TABLE {name} ()": ["DDL", "CREATE TABLE"],
+        f"GRANT SELECT ON {name} TO {name}": ["ROLE", "GRANT"],
+        f"DROP TABLE {name}": ["DDL", "DROP TABLE"],
+        f"DROP ROLE {name}": ["ROLE", "DROP ROLE"],
+    }
+    command = " ".join(f"-c {shlex.quote(statement)}" for statement in statements)
+    host.check_output(f"runuser -u postgres -- psql -Xq {command}")
+    lines = host.check_output("sudo grep -h AUDIT /var/log/postgresql/17-main/*.json").splitlines()
+    entries = [json.loads(line) for line in lines if name in line]
+    assert [entry["message"].split(",")[3:5] for entry in entries] == list(statements.values())
+    assert {(entry["user"], entry["application_name"]) for entry in entries} == {("postgres", "psql")}
+    assert "never-1-logged" not in host.check_output("cat /var/log/postgresql/*.log /var/log/postgresql/17-main/*")
+
+
+def test_old_logs_are_removed_and_the_present_one_stays(host):
+    folder = "/var/log/postgresql/17-main"
+    host.check_output(f"touch -d '31 days ago' {folder}/old.json && touch -d '29 days ago' {folder}/young.json")
+    host.check_output("systemd-tmpfiles --clean /etc/tmpfiles.d/postgresql-log.conf")
+    assert not host.file(f"{folder}/old.json").exists
+    assert host.file(f"{folder}/young.json").exists
+    host.check_output(f"rm {folder}/young.json")
+    assert host.check_output("systemctl is-enabled systemd-tmpfiles-clean.timer") in ("static", "enabled")

@@ -7,8 +7,12 @@ import os
 import platform
 from pathlib import Path
 
+from ansible import constants
 from ansible.errors import AnsibleActionFail, AnsibleConnectionFailure
 from ansible.plugins.action import ActionBase
+from ansible.utils.display import Display
+
+DISPLAY = Display()
 
 
 def started(process: int) -> str:
@@ -61,8 +65,15 @@ class ActionModule(ActionBase):
             answer = self.module(state, mine)
             holder = answer.get("holder", mine)
             if state == "taken" and holder != mine and (is_gone(holder) or self._task.args.get("break")):
+                before, age = holder, answer["age"]
                 answer = self.module("replaced", mine, holder)
                 holder = answer.get("holder", mine)
+                if holder == mine:
+                    DISPLAY.display(
+                        f"The run before this one was broken off: {before['who']}, process {before['process']}, begun "
+                        f"{age} s ago. This run goes on from where it stopped.",
+                        color=constants.COLOR_CHANGED,
+                    )
         except AnsibleConnectionFailure:
             return dict(result, changed=False, msg="The host cannot be reached; preflight will say why.")
         if state == "taken" and holder != mine:

@@ -8,11 +8,13 @@ hold them. systemd is told that the unit is ready when LiteLLM's readiness check
 
 import hmac
 import http.client
+import importlib.util
 import os
 import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,29 @@ class PreviousKeys:
         if "headers" in scope:
             scope = scope | {"headers": [(name, self.translated(value)) for name, value in scope["headers"]]}
         await self.app(scope, receive, send)
+
+
+class Scrubbed:
+    """A standard stream that replaces what has the shape of a secret: LiteLLM logs what clients and providers say."""
+
+    def __init__(self, stream: Any, scrub: Callable[[bytes], bytes]) -> None:
+        self.stream, self.scrub = stream, scrub
+
+    def write(self, text: str) -> int:
+        self.stream.write(self.scrub(text.encode(errors="replace")).decode(errors="replace"))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def keep_secrets_out_of_the_journal() -> None:
+    """Scrub both standard streams by the rules of the request log, where that is installed."""
+    if importlib.util.find_spec("litellm_sqlalchemy") is None:
+        return
+    from litellm_sqlalchemy.redaction import scrubbed
+
+    sys.stdout, sys.stderr = Scrubbed(sys.stdout, scrubbed), Scrubbed(sys.stderr, scrubbed)
 
 
 def accept_previous_keys() -> None:
@@ -91,6 +116,7 @@ def report_readiness(host: str, port: int, notify_socket: str) -> None:
 
 def main() -> None:
     leave_link()
+    keep_secrets_out_of_the_journal()
     credentials = load_credentials()
     if sys.argv[1] == "--check":
         arguments = ["--config", str(credentials / "config.yaml"), "--validate_config"]

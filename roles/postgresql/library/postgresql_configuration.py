@@ -198,6 +198,8 @@ class Cluster:
                 "shared_buffers": "1MB",
                 "huge_pages": "off",
                 "logging_collector": "off",
+                "log_destination": "stderr",
+                "log_error_verbosity": "default",
                 "log_min_messages": "warning",
                 "exit_on_error": "on",
             }

@@ -32,9 +32,13 @@ options:
     type: int
     default: 300
   terminate:
-    description: End the sessions of logins that retire instead of waiting for them.
+    description: End the sessions of logins that retire instead of waiting for them, whoever holds them.
     type: bool
     default: false
+  holders:
+    description: By host, the logins in its clients' credentials; C(*) where that is not known. These do not retire.
+    type: dict
+    default: {}
 author: The litellm-gateway authors
 """
 
@@ -82,6 +86,25 @@ def active_by_pair(logins: list[tuple]) -> dict[str, str]:
     return {re.sub("_[ab]$", "", name): name for _comment, name in enabled}
 
 
+def old_logins(logins: list[tuple]) -> list[str]:
+    """Return the enabled logins that are not the active ones of their pairs."""
+    active = active_by_pair(logins).values()
+    return [name for name, _salt, can_login, _comment in logins if can_login and name not in active]
+
+
+def refuse_held(module: AnsibleModule, names: list[str]) -> None:
+    """Fail while a client would lose the login that it has; one that connects for each query has no session now."""
+    holders = module.params["holders"].items()
+    held = {host: [name for name in names if {name, "*"} & set(logins)] for host, logins in holders}
+    if module.params["terminate"] or not any(held.values()):
+        return
+    seen = "; ".join(f"{host}: {', '.join(logins)}" for host, logins in sorted(held.items()) if logins)
+    module.fail_json(
+        msg=f"Logins that should retire are, or may be, in the credentials of clients still ({seen}). They stay valid: "
+        "run site.yml on all hosts, which hands the new ones over first."
+    )
+
+
 def retire(module: AnsibleModule, connection, names: list[str]) -> None:
     """Disable the logins when nobody uses them any more; fail, with both still valid, when somebody does."""
     if module.params["terminate"]:
@@ -90,19 +113,18 @@ def retire(module: AnsibleModule, connection, names: list[str]) -> None:
         rows(connection, "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = ANY(%s)", names)
         return
     end = time.monotonic() + module.params["timeout"]
-    waiting = list(names)
-    while waiting:
+    # Asked again each time: a killed run leaves this waiting here, while a later one may have put a login to use.
+    while waiting := [name for name in old_logins(rows(connection, LOGINS)) if name in names]:
         used = {name: (count, address) for name, count, address in rows(connection, SESSIONS, waiting)}
         for name in [name for name in waiting if name not in used]:
             disable(connection, name)
-        waiting = list(used)
-        if waiting and time.monotonic() > end:
+        if used and time.monotonic() > end:
             seen = ", ".join(f"{name}: {count} from {address}" for name, (count, address) in sorted(used.items()))
             module.fail_json(
                 msg=f"Logins that should retire still have sessions after {module.params['timeout']} s ({seen}). "
                 "They stay valid: have these clients load the new credential, and run this again."
             )
-        if waiting:
+        if used:
             time.sleep(1)
 
 
@@ -123,6 +145,7 @@ def main() -> None:
             "state": {"type": "str", "choices": ["read", "retired"], "default": "read"},
             "timeout": {"type": "int", "default": 300},
             "terminate": {"type": "bool", "default": False},
+            "holders": {"type": "dict", "default": {}},
         },
         supports_check_mode=True,
     )
@@ -135,17 +158,17 @@ def main() -> None:
             )
         module.fail_json(msg=f"PostgreSQL cannot be asked about its logins: {unreachable}.")
     logins = rows(connection, LOGINS)
-    active = active_by_pair(logins)
-    old = [name for name, _salt, can_login, _comment in logins if can_login and name not in active.values()]
+    old = old_logins(logins)
     result = {
         "pending": sorted(re.sub("_[ab]$", "", name) for name in old),
-        "active": active,
+        "active": active_by_pair(logins),
         "salts": {name: salt or "" for name, salt, *_rest in logins},
         "retired": [],
     }
     if module.params["state"] == "read" or not old:
         module.exit_json(changed=False, **result)
     if not module.check_mode:
+        refuse_held(module, old)
         try:
             retire(module, connection, old)
         except psycopg2.Error as error:

@@ -13,7 +13,8 @@ except ImportError:
 
 SOCKET_DIRECTORY = "/var/run/postgresql"
 
-# Statements of these sessions can carry SCRAM verifiers: nothing of them may reach a log or a statistics view.
+# Statements of these sessions can carry SCRAM verifiers: nothing of them may reach a log or a statistics view. pgaudit
+# goes on recording them; it writes <REDACTED> in place of a password.
 SILENT = " ".join(
     f"-c {setting}"
     for setting in (
@@ -26,7 +27,6 @@ SILENT = " ".join(
         "debug_print_parse=off",
         "debug_print_rewritten=off",
         "debug_print_plan=off",
-        "pgaudit.log=none",
         "pg_stat_statements.track=none",
         "pg_stat_statements.track_utility=off",
         "search_path=pg_catalog",

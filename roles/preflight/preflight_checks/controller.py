@@ -30,7 +30,7 @@ def collection_version(run: Run) -> Iterator[tuple[str, ...]]:
 
 @check("gateway-lock", "The gateway's lock file holds a safe LiteLLM and a hash for every package")
 def gateway_lock(run: Run) -> Iterator[tuple[str, ...]]:
-    least = str(run.minimum["litellm"])
+    least = run.controller["litellm_minimum"]
     for host in run.on("litellm"):
         path = run.controller["lock_files"].get(host.name, "")
         content = run.files.get(path)

@@ -13,17 +13,18 @@ from typing import Any
 
 import yaml
 from ansible.errors import AnsibleError
-from ansible.parsing.vault import is_encrypted
+from ansible.parsing.vault import EncryptedString, is_encrypted
 from ansible.release import __version__ as ansible_core
 from ansible.utils.collection_loader import AnsibleCollectionConfig
 
 from .model import Host, Run
 from .services import CERTIFICATE_VARIABLES
 
-try:  # private to ansible-core: where a value was written; without it the report merely names no file
-    from ansible._internal._datatag._tags import Origin
+try:  # private to ansible-core: where a value was written and whether it was encrypted; without them the report names
+    # no file and does not know what is in clear
+    from ansible._internal._datatag._tags import Origin, VaultedValue
 except ImportError:
-    Origin = None
+    Origin = VaultedValue = None
 
 CONNECTION_VARIABLES = ("ansible_ssh_common_args", "ansible_ssh_extra_args", "ansible_ssh_args")
 NOT_INVENTORY = ("preflight_looked", "hostvars", "vars", "groups", "omit", "environment")
@@ -47,6 +48,15 @@ def origin(value: Any) -> str:
     if not tag or not tag.path:
         return ""
     return os.path.relpath(str(tag.path)) + (f":{tag.line_num}" if tag.line_num else "")
+
+
+def in_clear(value: Any) -> bool:
+    """Return whether a value, or one inside it, is a text that stands as it is in an inventory."""
+    if isinstance(value, Mapping):
+        return any(in_clear(item) for item in value.values())
+    if not VaultedValue or not isinstance(value, str) or isinstance(value, EncryptedString):
+        return False
+    return bool(value) and not VaultedValue.is_tagged_on(value) and "{{" not in value and "{%" not in value
 
 
 def read_yaml(path: str) -> Any:
@@ -130,6 +140,8 @@ def read_host(
         where = origin(variable) or origin(value)
         if where:
             host.origins[variable] = where
+        if in_clear(value):
+            host.clear.add(variable)
         try:
             host.values[variable] = plain(evaluate(variable))
         except AnsibleError as error:
@@ -159,7 +171,9 @@ def read_controller(run: Run, roles_directory: str, sources: Iterable[str], load
     """Add what is on the controller: versions, the lock file, certificate files, vault files in clear."""
     default = os.path.join(roles_directory, "litellm", "files", "requirements.txt")
     locks = {host.name: str(run.value(host, "litellm_requirements_file") or default) for host in run.on("litellm")}
+    role = read_yaml(os.path.join(roles_directory, "litellm", "vars", "main.yml"))
     run.controller = {
+        "litellm_minimum": role["__litellm_minimum_version"],
         "ansible_core": ansible_core,
         "collections": collections(),
         "lock_files": locks,

@@ -32,7 +32,8 @@ class Host:
     """One host of the run.
 
     `values`: what the inventory sets, templated. `unset`: variable -> why it cannot be templated.
-    `origins`: variable -> file:line where known. `facts`: the preflight_facts module's, None without them.
+    `origins`: variable -> file:line where known. `clear`: those whose text is written as it is, neither encrypted nor
+    taken from elsewhere. `facts`: the preflight_facts module's, None without them.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Host:
     values: dict[str, Any] = field(default_factory=dict)
     unset: dict[str, str] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
+    clear: set[str] = field(default_factory=set)
     facts: dict[str, Any] | None = None
     error: str = ""
     skew: float = 0.0

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
-from .model import CONTROLLER, Host, Run, check
+from .model import CONTROLLER, Host, Run, check, hides
 
 # Words of six letters and more only: a random value of 48 letters and digits holds a given one by chance
 # less often than once in a million. An age identity begins with AGE-SECRET-KEY.
@@ -38,6 +38,20 @@ def texts(run: Run) -> Iterator[tuple[Host, str, str, str]]:
                 if isinstance(text, str) and text and (label, text) not in seen:
                     seen.add((label, text))
                     yield host, label, kind, text
+
+
+def direct(run: Run) -> Iterator[tuple[Host, str, str]]:
+    """Yield (host, variable, value) of each secret that stands on a role's own variable, not on one of the vault's."""
+    for host in run.hosts:
+        known = {text for _, _, _, text in texts(run)}
+        for role in host.roles:
+            for name, spec in run.specs.get(role, {}).items():
+                value = host.values.get(name)
+                if not hides(spec) or name in run.secrets:
+                    continue
+                for key, text in value.items() if isinstance(value, dict) else [("", value)]:
+                    if isinstance(text, str) and text and text not in known:
+                        yield host, f"{name}.{key}" if key else name, text
 
 
 @check("secret-missing", "Every secret is set")
@@ -87,6 +101,10 @@ def example(run: Run) -> Iterator[tuple[str, ...]]:
         if EXAMPLES.search(text):
             fix = REPLACE if kind != "keys" else "put the provider's key there, or remove the entry."
             yield host.name, f"{name} is still an example value ({len(text)} characters, hidden).", fix
+    for host, name, text in direct(run):
+        if EXAMPLES.search(text):
+            fix = f"remove it, so that the vault's variable is used, or set a real one there (variable {name})."
+            yield host.name, f"{name} is an example value ({len(text)} characters, hidden).", fix
 
 
 @check("secret-weak", "Every generated secret is long and random")
@@ -122,6 +140,14 @@ def in_clear(run: Run) -> Iterator[tuple[str, ...]]:
             f"{path} is not encrypted.",
             f"ansible-vault encrypt {path}; where it was committed or shared, replace the secrets as well.",
         )
+    for host, name, _ in direct(run):
+        if (variable := name.split(".")[0]) in host.clear:
+            where = f" ({host.origins[variable]})" if variable in host.origins else ""
+            yield (
+                host.name,
+                f"{name}{where} holds a secret in clear (value hidden).",
+                "put it into the encrypted vault.yml and refer to it from here; where it was shared, replace it.",
+            )
 
 
 def type_name(value: object) -> str:

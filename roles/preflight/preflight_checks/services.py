@@ -57,6 +57,27 @@ def database_unreachable(run: Run) -> Iterator[tuple[str, ...]]:
             )
 
 
+@check("backup-offsite", "Backups leave the host where the inventory wants that, and to one place")
+def backup_offsite(run: Run) -> Iterator[tuple[str, ...]]:
+    for host in run.on("postgresql_backup"):
+        stores = ", ".join(run.role_hosts.get("postgresql_backup_store", []))
+        named = run.value(host, "postgresql_backup_offsite_host")
+        places = {
+            f"group backup: {stores}": stores and not named,
+            "postgresql_backup_offsite_host": named,
+            "postgresql_backup_offsite_s3": run.value(host, "postgresql_backup_offsite_s3"),
+        }
+        chosen = [place for place, there in places.items() if there]
+        if len(chosen) > 1:
+            yield host.name, f"off-host copies have two places: {'; '.join(chosen)}.", "keep one of them."
+        if not chosen and run.value(host, "postgresql_backup_offsite_required"):
+            yield (
+                host.name,
+                "postgresql_backup_offsite_required is true, and there is no off-host copy of the backups.",
+                "put a host into the group backup, or set postgresql_backup_offsite_s3.",
+            )
+
+
 @check("model-list", "Every model has a name and says which provider's model it is")
 def model_list(run: Run) -> Iterator[tuple[str, ...]]:
     for host in run.on("litellm"):

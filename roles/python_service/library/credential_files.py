@@ -1,10 +1,12 @@
 #!/usr/bin/python
 """Keep a folder of credential files: each written atomically, root's alone, none but the listed ones."""
 
+import glob
 import json
 import os
 import re
 import shutil
+import subprocess
 import tempfile
 import time
 
@@ -16,6 +18,7 @@ short_description: Keep a folder of credential files for systemd's LoadCredentia
 description:
   - Writes each credential to a file of its own, atomically, and removes files that are not listed.
   - Folder and files belong to root and can be read by nobody else. Contents are never shown.
+  - Encrypted, they have C(.cred) behind their names and are of use on this host only.
 options:
   directory:
     description: Folder of the files; made when it is not there.
@@ -31,6 +34,11 @@ options:
         C(<name>_PREVIOUS), a line of end (Unix time) and value for each; what is over is removed. With 0 none is kept.
     type: dict
     default: {}
+  encrypt:
+    description:
+      - Whether the files are encrypted for LoadCredentialEncrypted, with the host's key and, where it has one, its TPM.
+    type: bool
+    default: false
   validate:
     description:
       - Command that must accept what is new before any file is replaced. It finds these files in the folder that
@@ -61,6 +69,10 @@ removed:
 """
 
 PREVIOUS = "_PREVIOUS"
+#: Where new credentials are tried: in memory, and gone after a boot.
+TRIALS = "/run/credential-trial-"
+#: Behind the names of encrypted files; what is sealed in is the name without it, as units know the credential.
+ENCRYPTED = ".cred"
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
@@ -69,14 +81,50 @@ def content_of(value):
     return (json.dumps(value, sort_keys=True) if isinstance(value, dict) else str(value)).encode()
 
 
-def is_current(path, content):
-    """Tell whether the file holds this content and is root's alone."""
-    try:
-        status = os.lstat(path)
-        with open(path, "rb") as file:
-            return file.read() == content and (status.st_mode & 0o7777, status.st_uid, status.st_gid) == (0o600, 0, 0)
-    except FileNotFoundError:
-        return False
+class Folder:
+    """The folder of the files, in clear or encrypted."""
+
+    def __init__(self, module, directory, encrypt):
+        self.module, self.directory, self.encrypt = module, directory, encrypt
+
+    def path(self, name):
+        return os.path.join(self.directory, self.file(name))
+
+    def file(self, name):
+        return name + (ENCRYPTED if self.encrypt else "")
+
+    def read(self, name):
+        """Return the content of a credential; None when it is not there or was encrypted by another host."""
+        try:
+            with open(self.path(name), "rb") as file:
+                content = file.read()
+        except FileNotFoundError:
+            return None
+        if not self.encrypt:
+            return content
+        # Without the module's own run_command, which would turn bytes into text and log the command.
+        command = ["systemd-creds", "decrypt", "--name", name, "-", "-"]
+        opened = subprocess.run(command, input=content, capture_output=True, check=False)
+        return opened.stdout if opened.returncode == 0 else None
+
+    def is_current(self, name, content):
+        """Tell whether the file holds this content and is root's alone."""
+        if self.read(name) != content:
+            return False
+        status = os.lstat(self.path(name))
+        return (status.st_mode & 0o7777, status.st_uid, status.st_gid) == (0o600, 0, 0)
+
+    def write(self, name, content):
+        """Replace a credential at once."""
+        if self.encrypt:
+            # Bound to the TPM, not to what it has measured: an update of the firmware must not lock the gateway out.
+            command = ["systemd-creds", "encrypt", "--with-key=auto", "--tpm2-pcrs=", "--name", name, "-", "-"]
+            sealed = subprocess.run(command, input=content, capture_output=True, check=False)
+            if sealed.returncode:
+                said = sealed.stderr.decode(errors="replace").strip()
+                self.module.fail_json(msg=f"{name} cannot be encrypted, nothing replaces the old value: {said}")
+            content = sealed.stdout
+        write(self.directory, self.file(name), content)
 
 
 def write(directory, name, content):
@@ -89,19 +137,11 @@ def write(directory, name, content):
     os.rename(temporary, os.path.join(directory, name))
 
 
-def read(path):
-    """Return the text of a file; empty when it is not there."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            return file.read().strip()
-    except FileNotFoundError:
-        return ""
-
-
-def previous_values(directory, name, value, seconds):
+def previous_values(folder, name, value, seconds):
     """Return the lines of values that stay valid beside the new one; a value that comes back is none of them."""
-    now, old = int(time.time()), read(os.path.join(directory, name))
-    lines = [line.split(" ", 1) for line in read(os.path.join(directory, name + PREVIOUS)).splitlines()]
+    now = int(time.time())
+    old, before = ((folder.read(n) or b"").decode().strip() for n in (name, name + PREVIOUS))
+    lines = [line.split(" ", 1) for line in before.splitlines()]
     kept = {text: int(end) for end, text in lines if int(end) > now}
     if old and old != value:
         kept[old] = now + seconds
@@ -111,7 +151,9 @@ def previous_values(directory, name, value, seconds):
 
 def refuse_invalid(module, credentials):
     """Fail unless the command accepts the new credentials, in a folder of their own that only root can read."""
-    directory = tempfile.mkdtemp(dir="/run", prefix="credentials-")
+    for left in glob.glob(f"{TRIALS}*"):
+        shutil.rmtree(left)  # of a run that was killed here
+    directory = tempfile.mkdtemp(dir=os.path.dirname(TRIALS), prefix=os.path.basename(TRIALS))
     try:
         for name, value in credentials.items():
             write(directory, name, content_of(value))
@@ -130,14 +172,16 @@ def main():
             "directory": {"type": "path", "required": True},
             "credentials": {"type": "dict", "required": True, "no_log": True},
             "overlap": {"type": "dict", "default": {}},
+            "encrypt": {"type": "bool", "default": False},
             "validate": {"type": "list", "elements": "str", "default": []},
         },
         supports_check_mode=True,
     )
     directory, credentials = module.params["directory"], dict(module.params["credentials"])
+    folder = Folder(module, directory, module.params["encrypt"])
     for name, seconds in module.params["overlap"].items():
         # It is written first: a run killed after that has the value in both files, and the next one goes on.
-        if kept := previous_values(directory, name, content_of(credentials[name]).decode(), int(seconds)):
+        if kept := previous_values(folder, name, content_of(credentials[name]).decode(), int(seconds)):
             credentials[name + PREVIOUS] = kept
     for name, value in credentials.items():
         if not NAME.fullmatch(name):
@@ -146,8 +190,8 @@ def main():
             module.fail_json(msg=f"the credential {name} is empty: give it a value or take it out of the list")
 
     present = set(os.listdir(directory)) if os.path.isdir(directory) else set()
-    written = sorted(n for n, v in credentials.items() if not is_current(os.path.join(directory, n), content_of(v)))
-    removed = sorted(present - set(credentials))
+    written = sorted(name for name, value in credentials.items() if not folder.is_current(name, content_of(value)))
+    removed = sorted(present - set(map(folder.file, credentials)))
     status = os.stat(directory) if os.path.isdir(directory) else None
     wrong_directory = status is None or (status.st_mode & 0o7777, status.st_uid) != (0o700, 0)
     if not module.check_mode:
@@ -158,7 +202,7 @@ def main():
         if written and module.params["validate"]:
             refuse_invalid(module, {name: credentials[name] for name in written})
         for name in sorted(written, key=lambda name: (not name.endswith(PREVIOUS), name)):
-            write(directory, name, content_of(credentials[name]))
+            folder.write(name, content_of(credentials[name]))
         for name in removed:
             os.remove(os.path.join(directory, name))
     module.exit_json(changed=bool(written or removed or wrong_directory), written=written, removed=removed)

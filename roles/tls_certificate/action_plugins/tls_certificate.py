@@ -1,7 +1,7 @@
-"""Give a server its TLS certificate: signed by the project's authority on the controller, or brought by the user.
+"""Give a server or client its TLS certificate: signed by the project's authority on the controller, or brought.
 
-An action plugin, because the authority's key and its passphrase stay in the controller's process. The server's key is
-made on its host (module tls_certificate_files); only its signing request comes here.
+An action plugin, because the authority's key and its passphrase stay in the controller's process. The key is made on
+its host (module tls_certificate_files); only its signing request comes here.
 
 Files in `ca_directory` on the controller:
 
@@ -30,6 +30,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 PEM = serialization.Encoding.PEM
+EXTENDED_USAGES = {"server": ExtendedKeyUsageOID.SERVER_AUTH, "client": ExtendedKeyUsageOID.CLIENT_AUTH}
 USAGES = (
     "digital_signature",
     "content_commitment",
@@ -228,8 +229,8 @@ class Authority:
         self.trust()
         return step
 
-    def sign(self, request_pem: str, names: list[str], days: int) -> str:
-        """Return a certificate for the key of a signing request."""
+    def sign(self, request_pem: str, names: list[str], days: int, usage_name: str = "server") -> str:
+        """Return a certificate for the key of a signing request; it serves a server or a client, never both."""
         request = x509.load_pem_x509_csr(request_pem.encode())
         if not request.is_signature_valid:
             raise AnsibleActionFail("The signing request of the host is damaged.")
@@ -248,7 +249,7 @@ class Authority:
             .not_valid_before(now() - datetime.timedelta(minutes=5))
             .not_valid_after(end)
             .add_extension(x509.SubjectAlternativeName(alternative_names(names)), critical=False)
-            .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+            .add_extension(x509.ExtendedKeyUsage([EXTENDED_USAGES[usage_name]]), critical=False)
             .add_extension(usage("digital_signature"), critical=True)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
@@ -295,6 +296,7 @@ class ActionModule(ActionBase):
     _VALID_ARGS = frozenset(
         (
             "step",
+            "usage",
             "directory",
             "owner",
             "group",
@@ -336,6 +338,7 @@ class ActionModule(ActionBase):
         """Run tls_certificate_files on the host."""
         common = {name: self._task.args[name] for name in ("directory", "owner", "group")}
         common["group_reads_key"] = self._task.args.get("group_reads_key", False)
+        common["usage"] = self._task.args.get("usage", "server")
         answer = self._execute_module(
             module_name="tls_certificate_files", module_args={**common, **arguments}, task_vars=self.variables
         )
@@ -357,7 +360,9 @@ class ActionModule(ActionBase):
         if not answer["request"] or not os.path.exists(authority.path("authority.crt")):
             return dict(result, changed=True, reason="there is none")
         reason = authority.why_sign(answer, names, int(args["renew_days"]))
-        certificate = authority.sign(answer["request"], names, int(args["days"])) if reason else answer["certificate"]
+        certificate = answer["certificate"]
+        if reason:
+            certificate = authority.sign(answer["request"], names, int(args["days"]), args.get("usage", "server"))
         installed = self.module(certificate=certificate, authorities=authority.trusted())
         return dict(result, changed=changed or installed["changed"], reason=reason)
 

@@ -1,5 +1,5 @@
 #!/usr/bin/python
-"""Ansible module: the TLS files of a server on its host; the private key is made there and never leaves it."""
+"""Ansible module: the TLS files of a server or client on its host; the key is made there and never leaves it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,17 @@ from ansible.module_utils.basic import AnsibleModule
 
 DOCUMENTATION = r"""
 module: tls_certificate_files
-short_description: Make a server's TLS key on its host, and install certificates for it
+short_description: Make the TLS key of a server or client on its host, and install certificates for it
 description:
-  - Keeps server.key, server.crt and ca.crt in a directory. Used by the action tls_certificate.
+  - Keeps server.key, server.crt (client.key, client.crt) and ca.crt in a directory. Used by the action tls_certificate.
   - Without certificate it makes what is missing and returns a signing request. A new key waits in server.key.new until
     the certificate for it is installed, then key and certificate are renamed into place together.
 options:
+  usage:
+    description: What the certificate is for, which names the files.
+    type: str
+    choices: [server, client]
+    default: server
   directory:
     description: Directory of the files; its parent must be there.
     type: path
@@ -87,6 +92,7 @@ class Files:
     def __init__(self, module):
         self.module = module
         self.directory = module.params["directory"]
+        self.key, self.certificate = (f"{module.params['usage']}.{end}" for end in ("key", "crt"))
         self.changed = False
         try:
             self.owner = pwd.getpwnam(module.params["owner"]).pw_uid, grp.getgrnam(module.params["group"]).gr_gid
@@ -151,6 +157,7 @@ class Files:
 def main():
     module = AnsibleModule(
         argument_spec={
+            "usage": {"type": "str", "choices": ["server", "client"], "default": "server"},
             "directory": {"type": "path", "required": True},
             "owner": {"type": "str", "required": True},
             "group": {"type": "str", "required": True},
@@ -175,35 +182,35 @@ def main():
         install(files, params)
         module.exit_json(changed=files.changed, request="", pending=False, certificate=params["certificate"])
 
-    present = os.path.exists(files.path("server.key"))
-    pending = os.path.exists(files.path("server.key.new"))
+    present = os.path.exists(files.path(files.key))
+    pending = os.path.exists(files.path(f"{files.key}.new"))
     if not module.check_mode:
         if not present:
-            files.make_key("server.key")
+            files.make_key(files.key)
         elif params["new_key"] and not pending:
-            files.make_key("server.key.new")
+            files.make_key(f"{files.key}.new")
             pending = True
     elif not present:
         module.exit_json(changed=True, request="", pending=False, certificate="")
-    files.own(files.path("server.key"), files.key_mode)
-    key = files.path("server.key.new" if pending else "server.key")
+    files.own(files.path(files.key), files.key_mode)
+    key = files.path(f"{files.key}.new" if pending else files.key)
     subject = f"/CN={params['common_name'][:64]}"
     request = module.run_command(["openssl", "req", "-new", "-key", key, "-subj", subject], check_rc=True)[1]
-    module.exit_json(changed=files.changed, request=request, pending=pending, certificate=files.read("server.crt"))
+    module.exit_json(changed=files.changed, request=request, pending=pending, certificate=files.read(files.certificate))
 
 
 def install(files, params):
     """Put certificate, authorities and key into place; the waiting key is taken when the certificate is for it."""
     files.write("ca.crt", params["authorities"], 0o644)
-    waiting = files.path("server.key.new")
+    waiting = files.path(f"{files.key}.new")
     if params["key"]:
-        files.write("server.key", params["key"], files.key_mode)
+        files.write(files.key, params["key"], files.key_mode)
     elif os.path.exists(waiting) and not files.module.check_mode:
         wanted = files.public_key(["x509", "-noout", "-pubkey"], params["certificate"])
         if files.public_key(["pkey", "-in", waiting, "-pubout"]) == wanted:
             files.changed = True
-            os.rename(waiting, files.path("server.key"))
-    files.write("server.crt", params["certificate"], 0o644)
+            os.rename(waiting, files.path(files.key))
+    files.write(files.certificate, params["certificate"], 0o644)
 
 
 if __name__ == "__main__":

@@ -110,8 +110,8 @@ def _parser() -> argparse.ArgumentParser:
     add("report", _report, "Write a drill's report into the table restore_drills.").add_argument(
         "kind", choices=drill.KINDS
     )
-    add("pending", _pending, "Say, as JSON, whether the server has to be reloaded or restarted.")
-    add("first", _first, "Take the first dump and the first base backup where there is none.")
+    add("pending", _pending, "Say whether the server has to be reloaded or restarted, or none.")
+    add("first", _first, "Take the first dump, base backup and off-host copy where there is none.")
     add("ready", _ready, "Take a dump when the drill has no key for the newest one.")
     add("prepare", _prepare, "Make tables and stanza; refuse a repository of another cluster.")
     restoring = add("restore", _restore, "Restore into a new cluster beside the live one.")
@@ -149,11 +149,17 @@ def _status(settings: Settings, options: argparse.Namespace) -> int:
 
 def _list(settings: Settings, options: argparse.Namespace) -> int:
     directory = Path(settings.dumps)
-    found = [dumps.load(directory / name) for name in dumps.names(directory)]
+    found, damaged = [], []
+    for name in dumps.names(directory):
+        try:
+            found.append(dumps.load(directory / name))
+        except DamagedError as error:
+            damaged.append(str(error))
     bases = base.backups(settings)
     if options.json:
         content = {
             "dumps": [asdict(manifest) for manifest in found],
+            "damaged": damaged,
             "base_backups": [asdict(backup) for backup in bases],
         }
         print(json.dumps(content, indent=2, default=str))
@@ -161,6 +167,8 @@ def _list(settings: Settings, options: argparse.Namespace) -> int:
     for manifest in found:
         size = megabytes(manifest.size)
         print(f"dump  {manifest.name}  {manifest.rows} rows, {size}, PostgreSQL {manifest.server_version}")
+    for problem in damaged:
+        print(f"FAILED {problem}")
     for backup in bases:
         print(
             f"base  {backup.label}  repository {backup.repository}, {backup.kind}, ended {backup.ended.isoformat()}, "
@@ -265,7 +273,7 @@ def _prepare(settings: Settings, options: argparse.Namespace) -> int:
 
 
 def _pending(settings: Settings, options: argparse.Namespace) -> int:
-    print(json.dumps({"action": base.pending(settings)}))
+    print(base.pending(settings))
     return ExitCode.OK
 
 
@@ -274,6 +282,8 @@ def _first(settings: Settings, options: argparse.Namespace) -> int:
     there = {backup.repository for backup in base.backups(settings)}
     units = [] if dumps.names(Path(settings.dumps)) else ["postgresql-backup-dump.service"]
     units += [] if there >= set(settings.repositories) else ["postgresql-backup-base@full.service"]
+    if settings.offsite and not offsite.state(settings):
+        units.append("postgresql-backup-copy.service")
     for unit in units:
         try:
             run(["systemctl", "start", unit])

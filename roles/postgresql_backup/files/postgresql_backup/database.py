@@ -14,11 +14,13 @@ from postgresql_backup.errors import DatabaseError
 from postgresql_backup.settings import Settings, credential
 from postgresql_backup.tools import acting_as, run
 
+#: How long a dump waits for a table that somebody else has for himself.
+LOCK_TIMEOUT = "30s"
 #: Settings that a value's text depends on: the same everywhere, or digests could differ with the session.
 _TEXT_FORM = (
     "-c datestyle=ISO -c intervalstyle=iso_8601 -c timezone=UTC -c bytea_output=hex -c extra_float_digits=1 "
-    "-c search_path=pg_catalog -c max_parallel_workers_per_gather=0 -c statement_timeout=0 -c lock_timeout=30s "
-    "-c idle_in_transaction_session_timeout=0"
+    "-c search_path=pg_catalog -c max_parallel_workers_per_gather=0 -c statement_timeout=0 "
+    f"-c lock_timeout={LOCK_TIMEOUT} -c idle_in_transaction_session_timeout=0"
 )
 _TABLES = """
 SELECT n.nspname, c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
@@ -46,7 +48,7 @@ def libpq(settings: Settings, who: dict[str, str]) -> dict[str, str]:
     extra = {"PGHOST": settings.socket, "PGPORT": str(settings.port), "PGUSER": who["user"]}
     if "password" in who:
         extra["PGPASSWORD"] = who["password"]
-    return {**extra, "PGOPTIONS": "-c statement_timeout=0 -c lock_timeout=30s"}
+    return {**extra, "PGOPTIONS": f"-c statement_timeout=0 -c lock_timeout={LOCK_TIMEOUT}"}
 
 
 @contextmanager
@@ -99,7 +101,7 @@ def contents(connection: Connection) -> Tables:
 
 def schema_digest(settings: Settings, database: str, login_environment: dict[str, str], snapshot: str = "") -> str:
     """Return the SHA-256 of all definitions, owners and privileges in a database."""
-    command = [f"{settings.bin}/pg_dump", "--schema-only", "--no-password"]
+    command = [f"{settings.bin}/pg_dump", "--schema-only", f"--lock-wait-timeout={LOCK_TIMEOUT}", "--no-password"]
     if snapshot:
         command.append(f"--snapshot={snapshot}")
     text = run([*command, f"--dbname={database}"], extra=login_environment)

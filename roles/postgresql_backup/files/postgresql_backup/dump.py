@@ -1,18 +1,26 @@
 """Takes a dump: everything in one snapshot per database, encrypted as it is read, promoted only when it is whole."""
 
-import shutil
 import subprocess
 from datetime import datetime
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any
 
 from postgresql_backup import age, dumps
-from postgresql_backup.database import Connection, contents, libpq, login, one, rows, schema_digest, session
+from postgresql_backup.database import (
+    LOCK_TIMEOUT,
+    Connection,
+    contents,
+    libpq,
+    login,
+    one,
+    rows,
+    schema_digest,
+    session,
+)
 from postgresql_backup.dumps import Manifest
 from postgresql_backup.errors import DamagedError, RefusedError, ToolError
 from postgresql_backup.settings import Settings
-from postgresql_backup.tools import Hashed, environment, hash_file, last_words, lock, pump, run, write_file
+from postgresql_backup.tools import Hashed, hash_file, lock, pump, run, running, write_file
 
 
 def take(settings: Settings) -> Manifest:
@@ -82,6 +90,7 @@ class _Dump:
                 f"--snapshot={snapshot}",
                 "--format=custom",
                 "--compress=zstd:3",
+                f"--lock-wait-timeout={LOCK_TIMEOUT}",  # pg_dump sets the session's own to none
                 "--no-password",
             ]
             self._encrypted(command, f"{database}.dump.age", manifest)
@@ -130,20 +139,10 @@ class _Dump:
 
     def _encrypted(self, command: list[str], name: str, manifest: Manifest) -> None:
         """Encrypt what a program prints. Raises ToolError when it fails."""
-        with TemporaryFile() as errors:
-            with subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=errors, env=environment(self._libpq), cwd="/"
-            ) as process:
-                assert process.stdout is not None
-                try:
-                    plain = age.encrypt(process.stdout, self._folder / name, self._recipients)
-                except BaseException:
-                    process.kill()
-                    raise
-            if process.returncode:
-                errors.seek(0)
-                reason = last_words(errors.read(), None, process.returncode)
-                raise ToolError(f"{Path(command[0]).name} failed: {reason}; nothing was promoted")
+        program = Path(command[0]).name
+        with running(command, f"{program} failed", extra=self._libpq, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            plain = age.encrypt(process.stdout, self._folder / name, self._recipients)
         self._record(name, plain, manifest)
 
     def _record(self, name: str, plain: Hashed, manifest: Manifest) -> None:
@@ -177,8 +176,3 @@ class _Dump:
 def _now(connection: Connection) -> datetime:
     moment: datetime = one(connection, "SELECT date_trunc('second', clock_timestamp())")
     return moment
-
-
-def remove_folder(folder: Path) -> None:
-    """Remove a directory tree, if it is there."""
-    shutil.rmtree(folder, ignore_errors=True)

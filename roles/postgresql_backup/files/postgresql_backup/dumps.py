@@ -2,6 +2,7 @@
 
 <dumps>/20261123T120000Z/manifest.json, <database>.dump.age, globals.sql.age, configuration.tar.age
 <dumps>/.partial-...                    a dump that is being written, or one that was interrupted
+<dumps>/.damaged-...                    a dump that its off-host copy has replaced, to be looked at
 """
 
 import json
@@ -19,6 +20,7 @@ from postgresql_backup.tools import hash_file, sync_directory, write_json
 FORMAT = 1
 NAME = re.compile(r"^\d{8}T\d{6}Z$")
 PARTIAL = ".partial-"
+DAMAGED = ".damaged-"
 _NAME_FORMAT = "%Y%m%dT%H%M%SZ"
 #: What two moments share when they are in the same hour, day, week or month.
 _PERIODS = {"hourly": "%Y%m%d%H", "daily": "%Y%m%d", "weekly": "%G%V", "monthly": "%Y%m"}
@@ -64,17 +66,18 @@ def names(directory: Path) -> list[str]:
     return sorted(entry.name for entry in directory.iterdir() if NAME.match(entry.name))
 
 
-def load(folder: Path) -> Manifest:
-    """Read a dump's manifest. Raises DamagedError."""
+def load(folder: Path, name: str = "") -> Manifest:
+    """Read the manifest of a dump, whose name is the folder's unless given. Raises DamagedError."""
+    name = name or folder.name
     try:
         manifest = Manifest(**json.loads((folder / "manifest.json").read_bytes()))
-        if manifest.format != FORMAT or manifest.name != folder.name or not manifest.files:
+        if manifest.format != FORMAT or manifest.name != name or not manifest.files:
             raise ValueError(f"format {manifest.format}, name {manifest.name}, {len(manifest.files)} files")
         _ = manifest.moment, manifest.size, manifest.rows
     except OSError as error:
-        raise DamagedError(f"dump {folder.name} has no manifest that can be read: {error.strerror}") from None
+        raise DamagedError(f"dump {name} has no manifest that can be read: {error.strerror}") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DamagedError(f"dump {folder.name} has a damaged manifest ({error})") from None
+        raise DamagedError(f"dump {name} has a damaged manifest ({error})") from None
     return manifest
 
 

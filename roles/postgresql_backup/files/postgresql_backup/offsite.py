@@ -6,15 +6,24 @@ by pgBackRest itself.
 
 import json
 import os
+import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 from postgresql_backup import dumps
 from postgresql_backup.errors import DamagedError, RefusedError
 from postgresql_backup.settings import Settings
 from postgresql_backup.tools import lock, run, utc, write_json
 
-STATE = "offsite.json"
+
+def state(settings: Settings) -> dict[str, Any]:
+    """Return what was there after the last copy (newest, count, at); empty when none was made to this place."""
+    try:
+        found: dict[str, Any] = json.loads(_state_file(settings).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if found.get("place") == settings.offsite else {}
 
 
 def copy(settings: Settings, config: str) -> list[str]:
@@ -22,13 +31,17 @@ def copy(settings: Settings, config: str) -> list[str]:
     if not settings.offsite:
         raise RefusedError("no off-host copy is configured: put a host into the inventory group backup")
     directory = Path(settings.dumps)
-    rclone = ["rclone", f"--config={config}", "--contimeout=15s", "--low-level-retries=3", "--retries=2"]
+    rclone = [*_rclone(settings, config), "--low-level-retries=3", "--retries=2"]
     with lock(directory / ".copy-lock"):
         there = _whole(rclone, settings.offsite)
-        sent = []
+        sent, problems = [], []
         for name in sorted(dumps.kept(dumps.names(directory), settings.retention) - there.keys()):
-            manifest = dumps.load(directory / name)
-            dumps.check_files(directory / name, manifest)
+            try:
+                manifest = dumps.load(directory / name)
+                dumps.check_files(directory / name, manifest)
+            except DamagedError as error:  # it must not keep the good ones here
+                problems.append(str(error))
+                continue
             target = f"{settings.offsite}/{name}"
             _run([*rclone, "copy", "--exclude=manifest.json", str(directory / name), target])
             _compare(rclone, target, manifest)
@@ -39,15 +52,25 @@ def copy(settings: Settings, config: str) -> list[str]:
             _run([*rclone, "purge", f"{settings.offsite}/{name}"])
             del there[name]
         write_json(
-            directory / f".{STATE}",
-            {"newest": max(there, default=""), "count": len(there), "at": utc(time.time()).isoformat()},
+            _state_file(settings),
+            {
+                "place": settings.offsite,
+                "newest": max(there, default=""),
+                "count": len(there),
+                "at": utc(time.time()).isoformat(),
+            },
         )
+    if problems:
+        raise DamagedError("; ".join(problems))
     return sent
 
 
 def fetch(settings: Settings, config: str, name: str = "") -> Path:
-    """Bring a dump (the newest, unless named) back from its copy; return its directory."""
-    rclone = ["rclone", f"--config={config}", "--contimeout=15s"]
+    """Bring a dump (the newest, unless named) back from its copy; return its directory.
+
+    A damaged one of that name is kept as `.damaged-<name>`; a good one stays. Raises BackupError.
+    """
+    rclone = _rclone(settings, config)
     there = _whole(rclone, settings.offsite)
     name = name or max(there, default="")
     if name not in there:
@@ -55,15 +78,36 @@ def fetch(settings: Settings, config: str, name: str = "") -> Path:
             f"{settings.offsite} holds no dump {name or 'at all'}; it holds {', '.join(there) or 'none'}"
         )
     directory = Path(settings.dumps)
+    target = directory / name
     with lock(directory / ".lock"):
-        target = directory / name
-        if not target.exists():
-            partial = directory / f"{dumps.PARTIAL}{name}"
-            _run([*rclone, "copy", f"{settings.offsite}/{name}", str(partial)])
-            manifest = json.loads((partial / "manifest.json").read_bytes())
-            dumps.check_files(partial, dumps.Manifest(**manifest))
-            dumps.promote(partial, directory, dumps.Manifest(**manifest))
+        if target.exists() and _whole_here(target):
+            return target
+        partial = directory / f"{dumps.PARTIAL}{name}"
+        _run([*rclone, "copy", f"{settings.offsite}/{name}", str(partial)])
+        manifest = dumps.load(partial, name)
+        dumps.check_files(partial, manifest)
+        if target.exists():
+            damaged = directory / f"{dumps.DAMAGED}{name}"
+            shutil.rmtree(damaged, ignore_errors=True)
+            target.rename(damaged)
+        dumps.promote(partial, directory, manifest)
     return target
+
+
+def _state_file(settings: Settings) -> Path:
+    return Path(settings.dumps) / ".offsite.json"
+
+
+def _whole_here(folder: Path) -> bool:
+    try:
+        dumps.check_files(folder, dumps.load(folder))
+    except DamagedError:
+        return False
+    return True
+
+
+def _rclone(settings: Settings, config: str) -> list[str]:
+    return ["rclone", f"--config={config}", "--contimeout=15s", *settings.offsite_options]
 
 
 def _run(command: list[str]) -> str:

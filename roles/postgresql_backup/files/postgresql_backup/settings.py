@@ -31,6 +31,7 @@ class Settings:
     drill: str = "/var/lib/postgresql-drill"
     drill_jobs: int = 2
     offsite: str = ""
+    offsite_options: list[str] = field(default_factory=list)
     limits: dict[str, int] = field(default_factory=dict)
 
     @property

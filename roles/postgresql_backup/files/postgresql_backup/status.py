@@ -1,17 +1,14 @@
 """Status: how old and how proven the backups are, each check with what was seen and what to do; and as metrics."""
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
-from postgresql_backup import base, drill, dumps
+from postgresql_backup import base, drill, dumps, offsite
 from postgresql_backup.database import rows, session
 from postgresql_backup.errors import BackupError, DamagedError
-from postgresql_backup.offsite import STATE
 from postgresql_backup.settings import Settings
 from postgresql_backup.tools import duration, megabytes
 
@@ -21,9 +18,13 @@ SELECT last_archived_wal, extract(epoch FROM last_archived_time), failed_count, 
   (SELECT count(*) FROM pg_ls_archive_statusdir() WHERE name LIKE '%%.ready'),
   (SELECT coalesce(extract(epoch FROM clock_timestamp() - min(modification)), 0) FROM pg_ls_archive_statusdir()
     WHERE name LIKE '%%.ready'),
-  current_setting('archive_mode'), extract(epoch FROM clock_timestamp())
+  current_setting('archive_mode'), extract(epoch FROM clock_timestamp()),
+  (SELECT setting::int FROM pg_settings WHERE name = 'archive_timeout'),
+  extract(epoch FROM pg_postmaster_start_time())
 FROM pg_stat_archiver
 """
+#: Seconds that switching to a new segment and archiving the old one may take.
+_ARCHIVE_GRACE = 30
 
 
 @dataclass
@@ -112,16 +113,25 @@ class Status:
 
     def _archive(self) -> str:
         with session(self._settings, "postgres") as connection:
-            last, at, failed, failed_wal, failing, ready, oldest, mode, now = rows(connection, _ARCHIVE)[0]
+            (last, at, failed, failed_wal, failing, ready, oldest, mode, now, timeout, started) = rows(
+                connection, _ARCHIVE
+            )[0]
         self.metrics["postgresql_backup_archive_failed_total"] = failed
         self.metrics["postgresql_backup_archive_waiting"] = ready
         self.metrics["postgresql_backup_archive_lag_seconds"] = round(float(oldest), 1)
         if mode != "on":
             raise DamagedError(f"archive_mode is {mode}: run playbooks/backup.yml")
+        # Statistics begin anew with a crash and with a restore.
+        since = float(now) - float(at or started)
+        # The server leaves a segment open longer than archive_timeout only when nothing was committed into it.
+        point = 0.0 if not ready and since > timeout + _ARCHIVE_GRACE else since
+        self.metrics["postgresql_backup_recovery_point_seconds"] = round(point, 1)
         if last is None:
-            raise DamagedError("no WAL was archived yet")
-        self._success("wal", float(at))
-        seen = f"{last} archived {duration(float(now) - float(at))} ago"
+            seen = f"no WAL was archived since the server's start {duration(since)} ago"
+        else:
+            seen = f"{last} archived {duration(since)} ago"
+            self._success("wal", float(at))
+        seen += f", recovery point {duration(point)}"
         if failing:
             raise DamagedError(f"archiving of {failed_wal} fails ({failed} failures); {seen}, {ready} segments wait")
         if oldest > self._settings.limit("archive"):
@@ -136,7 +146,7 @@ class Status:
                 raise DamagedError("there was no drill yet")
             begun = datetime.strptime(first[0], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC).timestamp()
             self._age("first drill: none yet; the first dump", begun, "drill")
-            return "none yet; the timer postgresql-backup-drill.timer starts the first"
+            return f"none yet; postgresql-backup-drill-{kind}.timer starts the first"
         at = datetime.fromisoformat(report.started_at).timestamp()
         if not report.ok:
             raise DamagedError(f"{report.started_at[:19]}: {report.message}")
@@ -146,11 +156,9 @@ class Status:
         return f"{age} ago, recovery time {duration(report.recovery_seconds or 0)}: {report.message}"
 
     def _offsite(self) -> str:
-        file = Path(self._settings.dumps) / f".{STATE}"
-        try:
-            state: dict[str, Any] = json.loads(file.read_bytes())
-        except (OSError, ValueError):
-            raise DamagedError("no dump was copied yet") from None
+        state = offsite.state(self._settings)
+        if not state:
+            raise DamagedError(f"no dump was copied to {self._settings.offsite} yet")
         if not state["newest"]:
             raise DamagedError("no dump is there")
         at = datetime.strptime(state["newest"], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC).timestamp()
@@ -176,6 +184,7 @@ _HELP = {
     "postgresql_backup_check": "1 when a check of `postgresql-backup status` passes",
     "postgresql_backup_last_success_timestamp_seconds": "When the newest good one was taken",
     "postgresql_backup_size_bytes": "Size of the newest one as stored",
+    "postgresql_backup_recovery_point_seconds": "Age of the commits that a loss of the host would lose now",
     "postgresql_backup_recovery_seconds": "Time to recovery that the last drill measured",
     "postgresql_backup_archive_failed_total": "Failed attempts to archive WAL since the server's statistics began",
     "postgresql_backup_archive_waiting": "WAL segments that wait for the archive",

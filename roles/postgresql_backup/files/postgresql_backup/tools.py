@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import IO, Any
 
 from postgresql_backup.errors import LockedError, ToolError
@@ -38,6 +39,25 @@ def run(
     if done.returncode:
         raise ToolError(f"{Path(command[0]).name} failed: {last_words(done.stderr, done.stdout, done.returncode)}")
     return (done.stdout or b"").decode(errors="replace")
+
+
+@contextmanager
+def running(
+    command: Sequence[str], what: str, *, extra: Mapping[str, str] | None = None, **streams: Any
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a program beside the block, which kills it by raising. Raises ToolError: `what`, and its last words."""
+    with TemporaryFile() as errors:
+        process = subprocess.Popen(command, stderr=errors, env=environment(extra), cwd="/", **streams)
+        try:
+            yield process
+        except BaseException:
+            process.kill()
+            raise
+        finally:
+            code = process.wait()
+        if code:
+            errors.seek(0)
+            raise ToolError(f"{what}: {last_words(errors.read(), None, code).removeprefix('age: error: ')}")
 
 
 def last_words(stderr: bytes | None, stdout: bytes | None, code: int) -> str:

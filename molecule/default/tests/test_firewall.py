@@ -1,0 +1,181 @@
+"""The firewall: what is refused from outside, and that it neither locks ssh out nor touches rules of others."""
+
+import json
+import os
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import EPHEMERAL, PROJECT, Psql, Run, Show
+
+Done = subprocess.CompletedProcess[str]
+Playbook = Callable[..., Done]
+TABLE = ("nft", "list", "table", "inet", "litellm_gateway")
+OWN_TABLE = "table inet mine { chain input { type filter hook input priority 10; tcp dport 9 drop; }; }"
+PROBE = 8099
+RATE, BURST, SECONDS = 20, 100, 4
+
+
+def reaches(address: str, port: int, seconds: float = 1.5) -> bool:
+    """Return whether this machine, which is outside of the host, gets a TCP connection."""
+    try:
+        socket.create_connection((address, port), timeout=seconds).close()
+    except TimeoutError:
+        return False
+    return True
+
+
+@pytest.fixture(scope="module")
+def playbook() -> Playbook:
+    """`playbook(inventory, name=value)` runs playbooks/firewall.yml."""
+
+    def run_playbook(inventory: Path = EPHEMERAL / "inventory", **variables: object) -> Done:
+        command = ["ansible-playbook", "-i", str(inventory), "-e", json.dumps(variables), "playbooks/firewall.yml"]
+        environment = os.environ | {
+            "ANSIBLE_CONFIG": str(PROJECT / "ansible.cfg"),
+            "ANSIBLE_VAULT_PASSWORD_FILE": str(PROJECT / "scripts/vault-password"),
+            "ANSIBLE_NOCOLOR": "1",
+        }
+        return subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True)
+
+    return run_playbook
+
+
+@pytest.fixture(scope="module")
+def listener(run: Run, address: str) -> Iterator[int]:
+    """A port on the host that anybody could reach if there were no firewall."""
+    run("systemd-run", "--quiet", "--unit=probe", "python3", "-m", "http.server", str(PROBE), "--bind", address)
+    while f":{PROBE} " not in run("ss", "-Hltn"):
+        time.sleep(0.1)
+    yield PROBE
+    run("systemctl", "stop", "probe")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_table(run: Run) -> Iterator[None]:
+    """Rules of the host's owner, which stay as they are through all runs here."""
+    run("nft", "--file", "-", input=OWN_TABLE)
+    before = run("nft", "list", "table", "inet", "mine")
+    yield
+    assert run("nft", "list", "table", "inet", "mine") == before
+    run("nft", "delete", "table", "inet", "mine")
+
+
+def rules(run: Run) -> list[str]:
+    """Return the rules in force, without what they have counted."""
+    lines = run(*TABLE).splitlines()
+    return [line for line in lines if "counter" not in line and "elements" not in line and "expires" not in line]
+
+
+# The tests below go on from one another: other rules, rules that lock out, none, and at the end the deployment's again.
+
+
+def test_only_the_gateway_is_reached_from_outside(run: Run, address: str, listener: int) -> None:
+    inside = "import socket, sys; socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=5)"
+    run("python3", "-c", inside, address, str(listener))
+    run("python3", "-c", inside, address, "5432")
+    assert {port: reaches(address, port) for port in (443, 5432, listener)} == {443: True, 5432: False, listener: False}
+
+
+def connections(address: str, port: int, seconds: float) -> int:
+    """Return how many connections this machine gets in that time, trying without a pause in 8 threads."""
+    end, got = time.monotonic() + seconds, []
+
+    def guess() -> None:
+        while time.monotonic() < end:
+            if reaches(address, port, 0.3):
+                got.append(1)
+
+    threads = [threading.Thread(target=guess) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return len(got)
+
+
+def test_a_port_is_open_to_its_sources_up_to_its_rate(
+    run: Run, address: str, listener: int, playbook: Playbook, psql: Psql, show: Show
+) -> None:
+    own = socket.create_connection((address, 443)).getsockname()[0]
+    other = "192.0.2.1"
+    rule = {"name": "probe", "port": PROBE, "sources": [own, other], "rate": f"{RATE}/second", "burst": BURST}
+    done = playbook(firewall_rules=[rule, {"name": "closed", "port": 5432, "sources": [other]}])
+    assert done.returncode == 0, done.stdout
+    assert reaches(address, listener)
+    assert not reaches(address, 5432)
+    assert not reaches(address, 443)  # no rule of this run names it
+
+    got = connections(address, listener, SECONDS)
+    allowed = BURST + RATE * (SECONDS + 1)
+    show("Firewall's rate limit", [["connections of one address", f"{got} in {SECONDS} s", f"at most {allowed}"]])
+    assert BURST / 2 <= got <= allowed
+    assert psql("SELECT 1") == [["1"]]
+    limits = [line for line in run(*TABLE).splitlines() if "probe: too many" in line]
+    assert limits
+    assert "counter packets 0 " not in limits[0]
+
+
+@pytest.fixture
+def over_ssh(run: Run, address: str, tmp_path: Path) -> Iterator[Path]:
+    """An inventory that reaches the host through ssh, as real ones do."""
+    key = tmp_path / "key"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True)
+    run("mkdir", "-p", "-m", "0700", "/root/.ssh")
+    run("tee", "/root/.ssh/authorized_keys", input=key.with_suffix(".pub").read_text())
+    run("systemctl", "start", "ssh")
+    public = run("cat", "/etc/ssh/ssh_host_ed25519_key.pub").split()[:2]
+    (tmp_path / "known_hosts").write_text(f"{address} {' '.join(public)}\n")
+    host = {
+        "ansible_host": address,
+        "ansible_connection": "ssh",
+        "ansible_user": "root",
+        "ansible_ssh_private_key_file": str(key),
+        "ansible_ssh_common_args": f"-o UserKnownHostsFile={tmp_path}/known_hosts -o ConnectTimeout=2",
+        "ansible_ssh_retries": 0,
+    }
+    groups = {name: {"hosts": {"gateway1": None}} for name in ("postgresql", "litellm")}
+    inventory = tmp_path / "hosts.json"
+    inventory.write_text(json.dumps({"all": {"hosts": {"gateway1": host}, "children": groups}}))
+    yield inventory
+    run("systemctl", "stop", "ssh")
+    run("rm", "/root/.ssh/authorized_keys")
+
+
+def test_rules_that_lock_ssh_out_are_taken_back(run: Run, address: str, playbook: Playbook, over_ssh: Path) -> None:
+    before = rules(run)
+    done = playbook(over_ssh, firewall_ssh_ports=[2222], firewall_rollback_after=14)
+    assert done.returncode != 0
+    assert "let no new connection of Ansible in" in done.stdout
+    deadline = time.monotonic() + 20
+    while not reaches(address, 22) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert rules(run) == before
+    assert "2222" not in run("cat", "/etc/litellm-gateway.nft")
+
+
+def test_switched_off_its_rules_are_gone(run: Run, address: str, listener: int, playbook: Playbook) -> None:
+    done = playbook(firewall_enabled=False)
+    assert done.returncode == 0, done.stdout
+    assert reaches(address, listener)
+    assert "litellm_gateway" not in run("nft", "list", "tables")
+
+
+def test_the_next_run_puts_the_rules_in_force_again(run: Run, address: str, listener: int, playbook: Playbook) -> None:
+    done = playbook()
+    assert done.returncode == 0, done.stdout
+    assert not reaches(address, listener)
+    assert reaches(address, 443)
+
+
+def test_a_run_repairs_a_flushed_table(run: Run, address: str, listener: int, playbook: Playbook) -> None:
+    before = rules(run)
+    run("nft", "delete", "table", "inet", "litellm_gateway")
+    assert reaches(address, listener)
+    done = playbook()
+    assert done.returncode == 0, done.stdout
+    assert rules(run) == before
