@@ -56,6 +56,7 @@ def facts(**more):
         "installed": [],
         "names": {},
         "urls": {},
+        "endpoints": {},
         "package_sources": {"http://deb.debian.org/debian/dists/trixie/InRelease": ""},
         **more,
     }
@@ -145,6 +146,10 @@ CASES = {
     "port-range": ({"gateway": {"litellm_port": 80}}, "litellm_port is 80"),
     "name-resolution": ({"gateway_facts": {"names": {"db1": {"error": "not known"}}}}, "db1 does not resolve"),
     "package-sources": ({"db_facts": {"package_sources": {"http://x/InRelease": "timed out"}}}, "timed out"),
+    "backup-endpoint": (
+        {"db_facts": {"endpoints": {"s3.example.net:443": "Connection refused"}}},
+        "s3.example.net:443 of postgresql_backup_offsite_s3 cannot be reached",
+    ),
     "package-index": ({"gateway_facts": {"urls": {"https://pypi.org/simple": "refused"}}}, "refused"),
     "secret-missing": ({"gateway": {"vault_a": ""}, "db": {"vault_a": None}}, "[db1, gw1]  not set or empty: vault_a"),
     "secret-type": ({"gateway": {"vault_key": 12345678}}, "vault_key is a number"),

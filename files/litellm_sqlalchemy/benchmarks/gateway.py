@@ -1,4 +1,7 @@
-"""What the log adds to a gateway: three LiteLLM processes - without it, with it, with the naive way - side by side.
+"""What the log adds to a gateway: LiteLLM without a callback, with an empty one, with the log, with the naive way.
+
+What LiteLLM does for any callback is no cost of the log: the log stands beside the empty callback, and that one beside
+none.
 
 Latency: one request at a time, to each gateway in turn, so that whatever else the machine does meets all of them.
 Throughput: as many as go through at once, one gateway at a time, in turn. The database is up, slow or down meanwhile:
@@ -26,10 +29,15 @@ from benchmarks.cluster import Cluster, cpu_ticks, free_port
 from benchmarks.data import samples
 from litellm_sqlalchemy.spool import read_counters
 
-KINDS = ("without", "with", "naive")
+KINDS = ("without", "empty", "with", "naive")
 #: States of the database: what the proxy does. Slow: 0.5 s a piece, some seconds a transaction.
 STATES = {"up": Toxics(), "slow": Toxics(latency=0.5), "down": Toxics(refuse=True)}
-_CALLBACKS = {"without": [], "with": ["litellm_sqlalchemy.callback.logger"], "naive": ["benchmarks.naive.logger"]}
+_CALLBACKS = {
+    "without": [],
+    "empty": ["benchmarks.empty.logger"],
+    "with": ["litellm_sqlalchemy.callback.logger"],
+    "naive": ["benchmarks.naive.logger"],
+}
 _KEY = "sk-benchmark-of-the-gateway"
 _AT_ONCE = 8
 _HERE = Path(__file__).parents[1]
@@ -122,7 +130,7 @@ def call(connection: http.client.HTTPConnection, body: bytes) -> float:
 
 
 class Bench:
-    """Three gateways and the writer, behind a proxy to the database."""
+    """The gateways and the writer, behind a proxy to the database."""
 
     def __init__(self, cluster: Cluster, proxy: FaultProxy) -> None:
         """Start all."""
@@ -195,7 +203,7 @@ class Bench:
 
 @contextmanager
 def running_bench(cluster: Cluster) -> Iterator[Bench]:
-    """Yield three gateways that are stopped in the end."""
+    """Yield gateways that are stopped in the end."""
     with fault_proxy(cluster.settings.database.port) as proxy:
         bench = Bench(cluster, proxy)
         try:

@@ -34,9 +34,10 @@ never = re.compile(rb"(?!)")
 secrets = redaction._SECRETS
 redaction._SECRETS = tuple((hints, never if b"akia" in hints else shape, new) for hints, shape, new in secrets)
 os.umask(0o007)
-recorder = Recorder(load_settings())
+settings = load_settings()
+recorder = Recorder(settings)
 for value in sys.stdin.read().split():
-    call = Call(recorder, "control")
+    call = Call(recorder, settings.gateway.name)
     call.request.add(b'{"said": "' + value.encode() + b'"}')
     call.response.add(b'{"heard": "' + value.encode() + b'"}')
     call.accept(SimpleNamespace(user_id="canary-control"), {"litellm_call_id": "canary-control"}, None)

@@ -65,6 +65,7 @@ class ActionModule(ActionBase):
             "addresses": sorted({address for _, address in network.listen_addresses(run, host)}),
             "names": network.names_to_resolve(run, host, list(arguments["names"])),
             "urls": network.urls_to_fetch(run, host) if arguments["use_network"] else [],
+            "endpoints": network.endpoints_to_reach(run, host) if arguments["use_network"] else [],
             "package_sources": arguments["use_network"],
             "timeout": arguments["timeout"],
         }

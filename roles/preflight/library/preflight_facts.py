@@ -29,6 +29,7 @@ options:
   addresses: {type: list, elements: str, default: [], description: Addresses that services are to listen on.}
   names: {type: list, elements: str, default: [], description: Names that must resolve.}
   urls: {type: list, elements: str, default: [], description: Fetched to see whether they can be reached.}
+  endpoints: {type: list, elements: str, default: [], description: "`host:port` to open a connection to."}
   package_sources: {type: bool, default: true, description: Whether the host's apt sources are tried.}
   timeout: {type: float, default: 6, description: Seconds that all network probes together may take.}
 author: The project
@@ -177,6 +178,16 @@ def fetch(url, proxy):
     return ""
 
 
+def connect(endpoint):
+    """Return '' when `host:port` takes a connection, else why it does not."""
+    host, _, port = endpoint.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except (OSError, ValueError) as error:
+        return str(error)
+    return ""
+
+
 def apt_sources():
     """Return the index that apt would fetch first from each of its sources, and apt's proxy."""
     uris = re.findall(r"^'(https?://[^']+/InRelease)'", output("apt-get", "update", "--print-uris"), re.M)
@@ -209,9 +220,10 @@ def network(module):
     sources, proxy = apt_sources() if module.params["package_sources"] else ([], "")
     jobs = [("names", name, resolve, (name,)) for name in module.params["names"]]
     jobs += [("urls", url, fetch, (url, "")) for url in module.params["urls"]]
+    jobs += [("endpoints", endpoint, connect, (endpoint,)) for endpoint in module.params["endpoints"]]
     jobs += [("package_sources", uri, fetch, (uri, proxy)) for uri in sources]
     slow = "no answer within {:g} s".format(module.params["timeout"])
-    found = {"names": {}, "urls": {}, "package_sources": {}}
+    found = {"names": {}, "urls": {}, "endpoints": {}, "package_sources": {}}
     threads = []
     for kind, target, function, arguments in jobs:
         found[kind][target] = {"error": slow} if kind == "names" else slow
@@ -239,6 +251,7 @@ def main():
             "addresses": texts,
             "names": texts,
             "urls": texts,
+            "endpoints": texts,
             "package_sources": {"type": "bool", "default": True},
             "timeout": {"type": "float", "default": 6},
         },

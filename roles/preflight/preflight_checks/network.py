@@ -92,6 +92,14 @@ def urls_to_fetch(run: Run, host: Host) -> list[str]:
     return [index] if isinstance(index, str) and index.startswith(("http://", "https://")) else []
 
 
+def endpoints_to_reach(run: Run, host: Host) -> list[str]:
+    """Return `host:port` of the bucket that takes the off-host copies: pgBackRest would try for long to reach it."""
+    bucket = run.value(host, "postgresql_backup_offsite_s3") if "postgresql_backup" in host.roles else None
+    if not isinstance(bucket, dict) or not isinstance(bucket.get("endpoint"), str):
+        return []
+    return [f"{bucket['endpoint']}:{bucket.get('port', 443)}"]
+
+
 def is_address(text: str) -> bool:
     """Return whether the text is an IP address."""
     try:
@@ -216,6 +224,18 @@ def package_index(run: Run) -> Iterator[tuple[str, ...]]:
                     f"{url} cannot be fetched: {reason}.",
                     "open the firewall, or set litellm_index_url to an index that the host reaches.",
                     "warning" if facts["installed"] else "error",
+                )
+
+
+@check("backup-endpoint", "The bucket of the off-host copies takes connections")
+def backup_endpoint(run: Run) -> Iterator[tuple[str, ...]]:
+    for host, facts in run.looked_at():
+        for endpoint, reason in facts["endpoints"].items():
+            if reason:
+                yield (
+                    host.name,
+                    f"{endpoint} of postgresql_backup_offsite_s3 cannot be reached: {reason}.",
+                    "open the firewall between them, or correct endpoint and port.",
                 )
 
 
