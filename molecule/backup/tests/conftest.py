@@ -101,6 +101,17 @@ def play(name: str, **variables: object) -> str:
     return shlex.join(["ansible-playbook", "-i", str(INVENTORY), f"playbooks/{name}", "-e", json.dumps(variables)])
 
 
+def changes(output: str) -> list[str]:
+    """Return the tasks of a playbook's output that changed something, with their hosts."""
+    task, found = "", []
+    for line in output.splitlines():
+        if line.startswith("TASK"):
+            task = line.strip(" *")
+        elif line.startswith("changed:"):
+            found.append(f"{task} {line}")
+    return found
+
+
 class Runbook:
     """The commands of docs/operations/disasters.md, and which of them were run."""
 
