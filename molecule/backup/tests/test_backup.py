@@ -352,6 +352,7 @@ def test_what_a_taken_over_host_removes_is_in_the_snapshots(db, store, runbook):
     db.run("postgresql-backup restore --repository 2")
     assert db.sql("SELECT count(*) > 0 FROM requests", 5433) == ["t"]
     db.run("postgresql-backup discard")
+    runbook.run("systemctl start", on=store)
 
 
 def test_the_report_is_green(db):
@@ -430,7 +431,6 @@ urllib.request.urlopen(request, context=ssl.create_default_context(cafile="/root
     db.run("postgresql-backup mark; postgresql-backup restore --repository 2")
     assert before <= stored(db, 5433)
     db.run("postgresql-backup discard")
-    runbook.run("systemctl start", on=store)
 
 
 def test_every_command_of_the_runbook_was_run(runbook):

@@ -101,7 +101,7 @@ class TablesStatus:
         return (
             f"tables: {self.stored} responses are stored of {self.responses} that were delivered, "
             f"the requests of {self.missing} open calls are missing: after a restore run `litellm-sqlalchemy replay`; "
-            "otherwise see whether another spool has the same `gateway.name`"
+            "otherwise see whether `gateway.name` was changed, or another spool has the same"
         )
 
 
