@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from datetime import UTC, datetime, timedelta
 
 import postgresql_backup_filters
@@ -155,10 +156,23 @@ def test_settings_name_what_is_wrong(tmp_path):
     file = tmp_path / "settings.json"
     with pytest.raises(SettingsError, match="cannot be read"):
         load_settings(file)
-    for content, word in (("{", "not JSON"), ('{"x": 1}', "unknown key x"), ("{}", "missing")):
+    whole = '{"databases": [], "recipients": [], "retention": {}, "dump_share": 0}'
+    for content, word in (
+        ("{", "not JSON"), ('{"x": 1}', "unknown key x"), ("{}", "missing"), (whole, "dump_share is 0, it is above 0")
+    ):  # fmt: skip
         file.write_text(content)
         with pytest.raises(SettingsError, match=word):
             load_settings(file)
+
+
+def test_work_takes_its_share_of_the_time():
+    began, pace = time.monotonic(), tools.Pace(0.25)
+    while time.monotonic() < began + 0.1:
+        pass
+    pace.rest()
+    assert 0.4 <= time.monotonic() - began < 0.6
+    tools.Pace().rest()
+    assert time.monotonic() - began < 0.6
 
 
 def test_a_lock_names_its_holder(tmp_path):

@@ -69,7 +69,7 @@ class SpoolSettings(_Section):
 
     directory: Path = Path("/var/spool/litellm-sqlalchemy")
     fsync: Literal["always", "interval", "never"] = "interval"
-    fsync_interval: Positive = 0.01
+    fsync_interval: Positive = 0.1
     segment_size: Annotated[int, Field(ge=4096)] = 8 * 1024 * 1024
     max_size: Size | None = None
     when_full: Literal["drop", "refuse"] = "drop"

@@ -193,8 +193,8 @@ class _Segment:
 class Producer:
     """Appends the frames of one gateway process to its own segments; used by one thread.
 
-    `append` writes and returns; a thread makes durable what was written, every `fsync_interval` or, with `always`, as
-    soon as there is something: whoever awaits `synced` waits for that. No method raises because of the disk: what
+    `append` writes and returns; a thread makes durable what was written, within `fsync_interval` or, with `always`, at
+    once: whoever awaits `synced` waits for that. No method raises because of the disk: what
     cannot be written is counted in `dropped`. With `when_full: refuse`, `check_space` tells the caller to refuse a
     call before it is accepted.
     """
@@ -216,7 +216,7 @@ class Producer:
         self._waiting: list[tuple[AbstractEventLoop, Future[None]]] = []
         self._guard = threading.Lock()  # for all above
         self._dirty = threading.Event()
-        self._closed = False
+        self._closed = threading.Event()
         self.received = 0
         self.dropped = 0
         self.last_error = ""
@@ -271,7 +271,7 @@ class Producer:
 
     def close(self) -> None:
         """Make all durable and let go of the lock."""
-        self._closed = True
+        self._closed.set()
         self._dirty.set()
         self._thread.join()
         with self._guard:
@@ -380,15 +380,14 @@ class Producer:
 
     def _sync_loop(self) -> None:
         counters_at = 0.0
-        while not self._closed:
-            self._dirty.wait(_COUNTERS_INTERVAL)
+        while not self._closed.is_set():
+            if self._dirty.wait(_COUNTERS_INTERVAL) and self._settings.fsync != "always":
+                self._closed.wait(self._settings.fsync_interval)  # what comes meanwhile shares the fsync
             self._dirty.clear()
             self._sync_all()
             if time.monotonic() >= counters_at:
                 self._look_around()
                 counters_at = time.monotonic() + _COUNTERS_INTERVAL
-            if self._settings.fsync != "always" and not self._closed:
-                time.sleep(self._settings.fsync_interval)
         self._sync_all()
 
     def _sync_all(self) -> None:

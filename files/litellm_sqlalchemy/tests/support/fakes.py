@@ -57,7 +57,7 @@ def crashing(function: Callable[..., Any], *, before: bool) -> Callable[..., Any
 
 def kill(producer: Producer) -> None:
     """Leave a producer's folder as SIGKILL leaves it: what was written is there, the lock is free, no counters."""
-    producer._closed = True
+    producer._closed.set()
     producer._dirty.set()
     producer._thread.join()
     if producer._segment is not None:

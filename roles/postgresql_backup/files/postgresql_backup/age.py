@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import IO
 
 from postgresql_backup.errors import DamagedError, ToolError
-from postgresql_backup.tools import Hashed, pump, run, running
+from postgresql_backup.tools import Hashed, Pace, pump, run, running
 
 
 def new_identity() -> tuple[str, str]:
@@ -18,7 +18,7 @@ def new_identity() -> tuple[str, str]:
     return next(line for line in text.splitlines() if line.startswith("AGE-SECRET-KEY-")), recipient
 
 
-def encrypt(source: IO[bytes], target: Path, recipients: list[str]) -> Hashed:
+def encrypt(source: IO[bytes], target: Path, recipients: list[str], pace: Pace | None = None) -> Hashed:
     """Encrypt a stream into a new file, durably; return size and SHA-256 of what was encrypted. Raises ToolError."""
     plain = Hashed()
     command = ["age", "--encrypt", *(word for recipient in recipients for word in ("--recipient", recipient))]
@@ -26,7 +26,7 @@ def encrypt(source: IO[bytes], target: Path, recipients: list[str]) -> Hashed:
         with running(command, f"age could not write {target.name}", stdin=subprocess.PIPE, stdout=file) as process:
             assert process.stdin is not None
             with suppress(BrokenPipeError), process.stdin:  # an age that has ended says why itself
-                pump(source, plain, process.stdin)
+                pump(source, plain, process.stdin, pace=pace)
         os.fsync(file.fileno())
     return plain
 

@@ -20,7 +20,7 @@ from postgresql_backup.database import (
 from postgresql_backup.dumps import Manifest
 from postgresql_backup.errors import DamagedError, RefusedError, ToolError
 from postgresql_backup.settings import Settings
-from postgresql_backup.tools import Hashed, hash_file, lock, pump, run, running, write_file
+from postgresql_backup.tools import Hashed, Pace, hash_file, lock, pump, run, running, write_file
 
 
 def take(settings: Settings) -> Manifest:
@@ -41,6 +41,7 @@ class _Dump:
         self._settings, self._directory = settings, directory
         self._who = login()
         self._libpq = libpq(settings, self._who)
+        self._pace = Pace(settings.dump_share)
         self._identity, recipient = age.new_identity()
         self._recipients = [*settings.recipients, recipient]
 
@@ -99,7 +100,7 @@ class _Dump:
                 "lsn": lsn,
                 "size": one(connection, "SELECT pg_database_size(current_database())"),
                 "schema_digest": schema_digest(self._settings, database, self._libpq, snapshot),
-                "tables": contents(connection),
+                "tables": contents(connection, self._pace),
             }
             rows(connection, "COMMIT")
         self._refuse_emptied(database, len(found["tables"]))
@@ -142,11 +143,11 @@ class _Dump:
         program = Path(command[0]).name
         with running(command, f"{program} failed", extra=self._libpq, stdout=subprocess.PIPE) as process:
             assert process.stdout is not None
-            plain = age.encrypt(process.stdout, self._folder / name, self._recipients)
+            plain = age.encrypt(process.stdout, self._folder / name, self._recipients, self._pace)
         self._record(name, plain, manifest)
 
     def _record(self, name: str, plain: Hashed, manifest: Manifest) -> None:
-        stored = hash_file(self._folder / name)
+        stored = hash_file(self._folder / name, self._pace)
         manifest.files[name] = {
             "size": stored.size,
             "sha256": stored.sha256,
@@ -156,11 +157,11 @@ class _Dump:
 
     def _verify(self, manifest: Manifest) -> None:
         """Decrypt every file again. Raises DamagedError when one is not what was read from the server."""
-        dumps.check_files(self._folder, manifest)
+        dumps.check_files(self._folder, manifest, self._pace)
         for name, wanted in manifest.files.items():
             plain = Hashed()
             with age.decrypted(self._folder / name, self._identity) as stream:
-                pump(stream, plain)
+                pump(stream, plain, pace=self._pace)
             if not plain.size or plain.sha256 != wanted["plain_sha256"]:
                 raise DamagedError(f"dump {manifest.name}: {name} does not decrypt to what was read from the server")
 

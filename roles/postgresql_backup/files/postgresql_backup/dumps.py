@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from postgresql_backup.errors import DamagedError, RefusedError
-from postgresql_backup.tools import hash_file, sync_directory, write_json
+from postgresql_backup.tools import Pace, hash_file, sync_directory, write_json
 
 FORMAT = 1
 NAME = re.compile(r"^\d{8}T\d{6}Z$")
@@ -94,7 +94,7 @@ def newest(directory: Path) -> Manifest:
     return load(directory / found[-1])
 
 
-def check_files(folder: Path, manifest: Manifest) -> None:
+def check_files(folder: Path, manifest: Manifest, pace: Pace | None = None) -> None:
     """Compare every file with the manifest. Raises DamagedError that names the first that differs."""
     for name, wanted in manifest.files.items():
         file = folder / name
@@ -105,7 +105,7 @@ def check_files(folder: Path, manifest: Manifest) -> None:
         if size != wanted["size"]:
             kind = "empty" if not size else "truncated" if size < wanted["size"] else "too long"
             raise DamagedError(f"dump {manifest.name}: {name} is {kind}: {size} bytes instead of {wanted['size']}")
-        if hash_file(file).sha256 != wanted["sha256"]:
+        if hash_file(file, pace).sha256 != wanted["sha256"]:
             raise DamagedError(f"dump {manifest.name}: {name} was changed: its SHA-256 is not the manifest's")
 
 

@@ -13,7 +13,10 @@ SETTINGS_FILE = Path("/etc/postgresql-backup/settings.json")
 
 @dataclass(frozen=True)
 class Settings:
-    """What the role decided; paths are absolute, durations are seconds."""
+    """What the role decided; paths are absolute, durations are seconds.
+
+    dump_share: part of the time that a dump works; it rests in between.
+    """
 
     databases: list[str]
     recipients: list[str]
@@ -29,6 +32,7 @@ class Settings:
     dumps: str = "/var/backups/postgresql"
     run: str = "/run/postgresql-backup"
     drill: str = "/var/lib/postgresql-drill"
+    dump_share: float = 1
     drill_jobs: int = 2
     offsite: str = ""
     offsite_options: list[str] = field(default_factory=list)
@@ -63,9 +67,12 @@ def load_settings(file: Path = SETTINGS_FILE) -> Settings:
     if unknown:
         raise SettingsError(f"settings file {file}: unknown key {sorted(unknown)[0]}; run playbooks/backup.yml")
     try:
-        return Settings(**content)
+        settings = Settings(**content)
     except TypeError as error:
         raise SettingsError(f"settings file {file}: {error}; run playbooks/backup.yml") from None
+    if not 0 < settings.dump_share <= 1:
+        raise SettingsError(f"settings file {file}: dump_share is {settings.dump_share}, it is above 0 and at most 1")
+    return settings
 
 
 def credential(name: str) -> bytes:

@@ -17,6 +17,8 @@ from typing import IO, Any
 from postgresql_backup.errors import LockedError, ToolError
 
 _BLOCK = 1024 * 1024
+#: Seconds.
+_LONGEST_REST = 5.0
 
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -86,18 +88,33 @@ class Hashed:
         return self._hash.hexdigest()
 
 
-def pump(source: IO[bytes], *targets: Hashed | IO[bytes]) -> None:
-    """Copy a stream into every target."""
+class Pace:
+    """Spreads work over time: whoever works rests in between, so that `share` of the time is work."""
+
+    def __init__(self, share: float = 1) -> None:
+        """Start to work; `share` is more than 0 and at most 1, which never rests."""
+        self._share, self._since = share, time.monotonic()
+
+    def rest(self) -> None:
+        """Rest for as long as the work since the last rest asks for, at most some seconds: it may have been a wait."""
+        time.sleep(min((time.monotonic() - self._since) * (1 / self._share - 1), _LONGEST_REST))
+        self._since = time.monotonic()
+
+
+def pump(source: IO[bytes], *targets: Hashed | IO[bytes], pace: Pace | None = None) -> None:
+    """Copy a stream into every target; what fills the stream rests, too, when the pipe between is full."""
     while block := source.read(_BLOCK):
         for target in targets:
             target.write(block)
+        if pace:
+            pace.rest()
 
 
-def hash_file(file: Path) -> Hashed:
+def hash_file(file: Path, pace: Pace | None = None) -> Hashed:
     """Return size and SHA-256 of a file."""
     hashed = Hashed()
     with file.open("rb") as source:
-        pump(source, hashed)
+        pump(source, hashed, pace=pace)
     return hashed
 
 
