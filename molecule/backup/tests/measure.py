@@ -7,6 +7,7 @@ pytest -s molecule/backup/tests/measure.py
 import time
 
 from conftest import Gateway, Host
+from test_backup import wait_until
 
 METRICS = "import urllib.request as u; print(u.urlopen('http://127.0.0.1:9465/metrics').read().decode())"
 ROUNDS = 4
@@ -55,6 +56,8 @@ def test_a_dump_costs_the_writer_at_most_a_tenth(db: Host, gateway: Gateway) -> 
 
 
 def test_drills_of_a_gigabyte_take_at_most_ten_minutes(db: Host) -> None:
+    segment = db.sql("SELECT pg_walfile_name(pg_switch_wal())")[0]  # behind what the ballast has written
+    wait_until(lambda: db.sql(f"SELECT last_archived_wal >= '{segment}' FROM pg_stat_archiver") == ["t"], 300)
     db.run("systemctl start postgresql-backup-base@full.service")
     for kind in ("dump", "base"):
         report = db.drill(kind)

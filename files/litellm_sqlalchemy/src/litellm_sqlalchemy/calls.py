@@ -348,6 +348,9 @@ class Call:
         except Exception:
             self._recorder.fail("the response record")
             self._recorder.write(Kind.RESPONSE, self.mode, self._outcome(), body, b"")
+        # LiteLLM's objects refer to each other and to the context that holds this call: they shall not wait for the
+        # garbage collector.
+        self.data, self.event = {}, {}
 
     def _status(self) -> str:
         if self.disconnected or self.event.get("error_code") == "499":
