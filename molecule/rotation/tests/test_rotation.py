@@ -374,9 +374,10 @@ def test_no_request_failed_and_no_event_is_lost_or_doubled(clients: list[Databas
 
 
 def test_an_old_master_key_is_refused_in_the_end() -> None:
-    name = "LITELLM_MASTER_KEY_PREVIOUS"
-    lines = in_host("systemd-creds", "decrypt", f"--name={name}", f"/etc/litellm/credentials/{name}.cred").splitlines()
-    end = max(float(line.split()[0]) for line in lines)
+    name, folder, end = "LITELLM_MASTER_KEY_PREVIOUS", "/etc/litellm/credentials", time.time()
+    if f"{name}.cred" in in_host("ls", folder).split():  # a run after the end removes it
+        lines = in_host("systemd-creds", "decrypt", f"--name={name}", f"{folder}/{name}.cred").splitlines()
+        end = max(float(line.split()[0]) for line in lines)
     until(lambda: time.time() > end, end - time.time() + 10, "the overlap is over")
     assert ask(KEY["present"]).status_code == 200
     assert ask(KEY["first"]).status_code in (400, 401)
@@ -387,7 +388,8 @@ def test_an_emergency_ends_sessions_and_keys_within_a_minute() -> None:
         began = time.monotonic()
         rotate("reader,master_key", "-e", "rotate_emergency=true")
         EMERGENCY.append(time.monotonic() - began)
-        assert "terminating connection due to administrator command" in ask_it()
+        # the server's last word, unless the connection was reset before it was read
+        assert re.search("terminating connection due to administrator command|closed unexpectedly", ask_it())
     assert ask(KEY["present"]).status_code in (400, 401)
     KEY["present"] = secrets()["vault_litellm_master_key"]
     assert ask(KEY["present"]).status_code == 200
@@ -403,7 +405,7 @@ def test_certificates_that_have_expired_are_named_and_renewed() -> None:
         ["podman", "exec", CONTAINER, "litellm-sqlalchemy", "validate"], capture_output=True, text=True
     )
     assert done.returncode != 0
-    assert ": certificate has expired" in done.stdout
+    assert "server certificate has ended" in done.stdout
     assert "run `site.yml`" in done.stdout
     run("site.yml", "--tags", "postgresql,haproxy,validation")
     assert ask(KEY["present"]).status_code == 200

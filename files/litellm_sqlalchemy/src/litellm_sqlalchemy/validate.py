@@ -199,10 +199,10 @@ class Validation:
         days = (ends - now).days
         if begins > now:
             raise CheckFailed(f"server certificate begins {begins:%Y-%m-%d %H:%M} UTC only", "check both clocks")
+        if ends < now:
+            raise CheckFailed(f"server certificate has ended, {ends:%Y-%m-%d %H:%M} UTC", "run `site.yml` to renew it")
         if days < CERTIFICATE_DAYS:
-            verb = "has ended" if ends < now else "ends"
-            seen = f"server certificate {verb} {ends:%Y-%m-%d}, in {days} days"
-            raise CheckFailed(seen, "run `site.yml` to renew it")
+            raise CheckFailed(f"server certificate ends {ends:%Y-%m-%d}, in {days} days", "run `site.yml` to renew it")
         return f"server certificate ends {ends:%Y-%m-%d}, in {days} days"
 
     def _certificate_dates(self) -> tuple[datetime, datetime]:
