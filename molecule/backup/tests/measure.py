@@ -10,7 +10,7 @@ from conftest import Gateway, Host
 from test_backup import wait_until
 
 METRICS = "import urllib.request as u; print(u.urlopen('http://127.0.0.1:9465/metrics').read().decode())"
-ROUNDS = 4
+ROUNDS = 2
 #: About 1 kB a row that does not compress to nothing.
 BALLAST = """
 CREATE TABLE IF NOT EXISTS ballast AS
