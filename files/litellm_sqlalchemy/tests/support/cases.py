@@ -74,6 +74,11 @@ def anything(value: Any, clients: Clients) -> bool:
     return True
 
 
+def nothing_or(part: str) -> Rule:
+    """There is nothing, or a text that has this part."""
+    return lambda value, clients: value is None or part in value
+
+
 def holds(part: str) -> Rule:
     """The text has this part."""
     return lambda value, clients: isinstance(value, str) and part in value
@@ -502,7 +507,8 @@ CASES = (
         ),
         {**_RESPONSES_REQUEST, "model": "held", **STREAM_REQUEST},
         {**STREAM, **_GONE, **dict.fromkeys(_TOLD_BY_LITELLM, anything), "payload_encoding": anything,
-         "payload": lambda value, clients: "resp_" in json.dumps(value)},
+         "error_type": nothing_or("ClientDisconnected"), "error_code": nothing_or("499"),
+         "error_message": nothing_or("disconnected"), "payload": lambda value, clients: "resp_" in json.dumps(value)},
     ),
     Case(
         "disconnect-messages", "client hangs up in mid-stream of messages",
@@ -554,8 +560,9 @@ def table() -> str:
     ]
     for case in CASES:
         request, response = case.expected()
+        error = "" if callable(response.get("error_type")) else response.get("error_type") or ""
         lines.append(
-            f"| {case.what} | {response['status_code']} | {response['status']} | {response.get('error_type') or ''} "
+            f"| {case.what} | {response['status_code']} | {response['status']} | {error} "
             f"| {response['attempt_count']} | {request['payload_encoding'] or ''} "
             f"| {_shown(response['payload_encoding'])} |"
         )
