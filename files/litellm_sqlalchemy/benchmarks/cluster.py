@@ -74,12 +74,15 @@ class Cluster:
 
     def cpu_seconds(self) -> float:
         """Return the CPU time of the server with all its processes, those that have ended included."""
+        postmaster, *children = self.processes()
+        ticks = sum(cpu_ticks(postmaster, (13, 14, 15, 16))) + sum(sum(cpu_ticks(pid, (13, 14))) for pid in children)
+        return float(ticks / os.sysconf("SC_CLK_TCK"))
+
+    def processes(self) -> list[int]:
+        """Return the ids of the server's processes, the postmaster's first."""
         postmaster = int((self._data / "postmaster.pid").read_text().split()[0])
         children = Path(f"/proc/{postmaster}/task/{postmaster}/children").read_text().split()
-        ticks = sum(cpu_ticks(postmaster, (13, 14, 15, 16))) + sum(
-            sum(cpu_ticks(int(pid), (13, 14))) for pid in children
-        )
-        return float(ticks / os.sysconf("SC_CLK_TCK"))
+        return [postmaster, *map(int, children)]
 
     def _connect(self, database: str) -> Any:
         connection = psycopg2.connect(host=str(self.directory), port=self.port, user="postgres", dbname=database)

@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from litellm_sqlalchemy.calls import Call, Recorder, event_of
+from litellm_sqlalchemy.calls import Call
+from litellm_sqlalchemy.events import event_of
+from litellm_sqlalchemy.recorder import Recorder
 from litellm_sqlalchemy.settings import Settings
 
 _PROSE = " ".join(" ".join(str(text).split()) for text in topics.values())
@@ -123,17 +125,23 @@ def _sample(rng: random.Random) -> Sample:
     return Sample(key, data, event, orjson.dumps(body), orjson.dumps(answer))
 
 
-def record(recorder: Recorder, sample: Sample) -> None:
-    """Take a call through what the observer and the hooks do with it, into the spool."""
+def record(recorder: Recorder, sample: Sample, *, failed: bool = False) -> None:
+    """Take a call, which its provider may have failed, through what the observer and the hooks do, into the spool."""
     call = Call(recorder, "bench:4000")
     call.method, call.endpoint, call.client = "POST", "/v1/chat/completions", "192.0.2.17"
     call.user_agent, call.content_type = "OpenAI/Python 2.54.0", b"application/json"
     call.request.add(sample.request)
     call.accept(sample.key, sample.data, "acompletion")
-    call.status_code = 200
+    call.status_code = 500 if failed else 200
     call.first_byte_at = call.started + 0.4
     call.response.add(sample.response)
-    call.event = event_of(sample.event)
+    event = sample.event
+    if failed:
+        error = {"error_class": "InternalServerError", "error_code": "500", "error_message": "the provider says 500"}
+        event = {**event, "status": "failure", "error_information": error}
+        call.attempts.append({"deployment": event["model_id"], "error_type": "InternalServerError", "ended_ms": 900.0})
+        call.failed = True
+    call.event = event_of(event)
     call.ended_at = call.started + 0.9
     call.conclude()
 

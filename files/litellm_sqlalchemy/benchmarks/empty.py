@@ -20,6 +20,9 @@ class EmptyLogger(CustomLogger):
     async def async_post_call_failure_hook(self, *arguments: Any, **keywords: Any) -> None:
         """Do nothing."""
 
+    async def async_post_call_success_deployment_hook(self, *arguments: Any, **keywords: Any) -> None:
+        """Do nothing."""
+
     async def async_post_call_failure_deployment_hook(self, *arguments: Any, **keywords: Any) -> None:
         """Do nothing."""
 

@@ -5,7 +5,8 @@ none.
 
 Latency: one request at a time, to each gateway in turn, so that whatever else the machine does meets all of them.
 Throughput: as many as go through at once, one gateway at a time, in turn. The database is up, slow or down meanwhile:
-its connections go through a proxy.
+its connections go through a proxy. The gateways have a core of their own, which clients, provider, writer and
+PostgreSQL do not use: what these do is no part of a call.
 """
 
 import http.client
@@ -20,10 +21,11 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import yaml
 from faults.proxy import FaultProxy, Toxics, fault_proxy
+from support.waiting import wait_until
 
 from benchmarks.cluster import Cluster, cpu_ticks, free_port
 from benchmarks.data import samples
@@ -38,6 +40,8 @@ _CALLBACKS = {
     "with": ["litellm_sqlalchemy.callback.logger"],
     "naive": ["benchmarks.naive.logger"],
 }
+#: The first is the gateways', the others are everybody else's; a machine with one core has no choice.
+_CORES = sorted(os.sched_getaffinity(0))
 _KEY = "sk-benchmark-of-the-gateway"
 _AT_ONCE = 8
 _HERE = Path(__file__).parents[1]
@@ -85,6 +89,7 @@ class Gateway:
             self.process = subprocess.Popen(
                 [*command, "--port", str(self.port)], cwd=directory, env=environment, stdout=log, stderr=log
             )
+        os.sched_setaffinity(self.process.pid, _CORES[:1])
 
     def wait(self) -> None:
         """Return when it serves."""
@@ -135,7 +140,11 @@ class Bench:
     def __init__(self, cluster: Cluster, proxy: FaultProxy) -> None:
         """Start all."""
         self.proxy = proxy
-        settings = cluster.write_settings("gateway.yml", database={"port": proxy.port, "connect_timeout": 2})
+        self._cluster = cluster
+        self._monitor = f"127.0.0.1:{free_port()}"
+        settings = cluster.write_settings(
+            "gateway.yml", database={"port": proxy.port, "connect_timeout": 2}, writer={"listen": self._monitor}
+        )
         self.spool = cluster.settings.spool.directory
         port = free_port()
         self._upstream = subprocess.Popen([sys.executable, "-m", "benchmarks.upstream", str(port)], cwd=_HERE)
@@ -150,8 +159,9 @@ class Bench:
         self._bodies = [
             json.dumps({**json.loads(sample.request), "model": "mock"}).encode() for sample in samples(200, 3)
         ]
+        self._loads: dict[str, list[Load]] = {kind: [] for kind in KINDS}
         for kind in KINDS:  # what LiteLLM loads at its first calls
-            self.throughput(kind, 3)
+            self._throughput(kind, 3)
 
     def stop(self) -> None:
         """End all."""
@@ -173,7 +183,21 @@ class Bench:
             connection.close()
         return seconds
 
-    def throughput(self, kind: str, duration: float) -> Load:
+    def throughputs(self, duration: float, rounds: int) -> dict[str, list[Load]]:
+        """Keep each gateway but the naive one busy for `duration` seconds, in turn, `rounds` times."""
+        kinds = KINDS[:3]
+        found: dict[str, list[Load]] = {kind: [] for kind in kinds}
+        for number in range(rounds):
+            for kind in kinds if number % 2 else reversed(kinds):
+                found[kind].append(self._throughput(kind, duration))
+                self._loads[kind].append(found[kind][-1])
+        return found
+
+    def loads(self, kind: str) -> list[Load]:
+        """Return what a gateway did so far."""
+        return self._loads[kind]
+
+    def _throughput(self, kind: str, duration: float) -> Load:
         """Keep `_AT_ONCE` calls at a gateway for `duration` seconds."""
         gateway, done, deadline = self.gateways[kind], [0] * _AT_ONCE, time.monotonic() + duration
 
@@ -193,23 +217,45 @@ class Bench:
         calls = sum(done)
         return Load(calls / (time.monotonic() - started), (gateway.cpu_seconds() - cpu) / max(calls, 1))
 
-    def callback_seconds(self) -> float:
+    def hook_seconds(self) -> float:
         """Return the time per call that the log's hooks count themselves."""
-        time.sleep(6)  # the counters are written every 5 s
         (folder,) = (self.spool / "producers").glob("[!.]*")
-        counters: dict[str, Any] = read_counters(folder)
-        return float(counters["seconds"] / counters["calls"])
+        hooks = read_counters(folder).hooks  # some seconds old
+        return hooks.seconds / hooks.calls
+
+    def connections(self) -> tuple[int, float]:
+        """Return how many connections the writer has, once all is stored, and the part of commits without a new one."""
+        self.proxy.reset()
+        before = self._metrics()
+        for _ in range(20):
+            self._throughput("with", 1)
+        wait_until(lambda: not self._metrics()["spool_oldest_timestamp_seconds"], "all is stored", 60)
+        opened, commits = (
+            self._metrics()[name] - before[name] for name in ("connections_total", "commit_seconds_count")
+        )
+        query = "SELECT count(*) FROM pg_stat_activity WHERE usename = 'litellm_writer_a'"
+        ((connections,),) = self._cluster.query(query)
+        return int(connections), 1 - max(opened - 1, 0) / commits  # one is the reset's
+
+    def _metrics(self) -> dict[str, float]:
+        with urllib.request.urlopen(f"http://{self._monitor}/metrics", timeout=10) as answer:
+            lines = [line.rpartition(" ") for line in answer.read().decode().splitlines() if line[:1] != "#"]
+        return {name.removeprefix("litellm_sqlalchemy_"): float(value) for name, _, value in lines}
 
 
 @contextmanager
 def running_bench(cluster: Cluster) -> Iterator[Bench]:
     """Yield gateways that are stopped in the end."""
+    os.sched_setaffinity(0, _CORES[1:] or _CORES)
+    for process in cluster.processes():
+        os.sched_setaffinity(process, _CORES[1:] or _CORES)
     with fault_proxy(cluster.settings.database.port) as proxy:
         bench = Bench(cluster, proxy)
         try:
             yield bench
         finally:
             bench.stop()
+            os.sched_setaffinity(0, _CORES)
 
 
 def percentile(values: list[float], percent: int) -> float:

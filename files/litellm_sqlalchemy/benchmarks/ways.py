@@ -31,17 +31,18 @@ from litellm_sqlalchemy.writer import Writer
 _COPY_PAIRS = 5000
 
 
-def fill(settings: Settings, count: int) -> Callable[[], None]:
+def fill(settings: Settings, count: int, mode: str = "full", *, failed: bool = False) -> Callable[[], None]:
     """Prepare the calls of a gateway process; the work is to take them through the callback into the spool."""
     from benchmarks.data import record, samples  # its texts would count as the writer's memory
-    from litellm_sqlalchemy.calls import Recorder
+    from litellm_sqlalchemy.recorder import Recorder
 
-    recorder = Recorder(settings)
+    content = settings.content.model_copy(update={"mode": mode})
+    recorder = Recorder(settings.model_copy(update={"content": content}))
     calls = list(samples(count))
 
     def work() -> None:
         for call in calls:
-            record(recorder, call)
+            record(recorder, call, failed=failed)
         recorder.producer.close()
 
     return work
@@ -131,7 +132,14 @@ def _spooled(settings: Settings) -> list[Frame]:
     return frames
 
 
-WAYS = {"fill": fill, "copy": copy, "writer": writer, "naive": naive}
+WAYS = {
+    "fill": fill,
+    "fill-redacted": partial(fill, mode="redacted"),
+    "fill-failed": partial(fill, failed=True),
+    "copy": copy,
+    "writer": writer,
+    "naive": naive,
+}
 
 
 def main() -> None:

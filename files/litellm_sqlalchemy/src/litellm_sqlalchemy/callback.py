@@ -14,11 +14,16 @@ from fastapi import HTTPException
 from litellm.integrations.custom_logger import CustomLogger
 from litellm.proxy import proxy_server
 
-from litellm_sqlalchemy.calls import Call, Recorder, current_call, event_of, text
+from litellm_sqlalchemy.calls import Call, current_call
 from litellm_sqlalchemy.errors import SpoolError
+from litellm_sqlalchemy.events import event_of
 from litellm_sqlalchemy.observer import CallObserver
+from litellm_sqlalchemy.recorder import Recorder
 from litellm_sqlalchemy.settings import load_settings
+from litellm_sqlalchemy.values import text
 
+#: How LiteLLM tags the calls of its health checks (LITTELM_INTERNAL_HEALTH_SERVICE_ACCOUNT_NAME).
+_HEALTH_CHECK = "litellm-internal-health-check"
 _Hook = TypeVar("_Hook", bound=Callable[..., Awaitable[Any]])
 
 
@@ -114,6 +119,13 @@ class RequestLogger(CustomLogger):
         if call is not None and not _is_health_check(call):
             call.attempts.append(_attempt_of(call, request_data, exception))
 
+    @_guarded
+    async def async_post_call_success_deployment_hook(self, request_data: Any, response: Any, call_type: Any) -> None:
+        """A deployment has answered; LiteLLM tells no outcome of an answer that a guardrail then refuses."""
+        call = current_call.get()
+        if call is not None and call.accepted:
+            call.answer = response
+
     def _take_event(self, kwargs: dict[str, Any]) -> None:
         payload = kwargs.get("standard_logging_object")
         if not payload:
@@ -143,9 +155,10 @@ class RequestLogger(CustomLogger):
             call.event = event_of(payload)
 
     def _record_internal(self, exchange: Call | None, payload: dict[str, Any], event: dict[str, Any]) -> None:
-        """Record a call that LiteLLM made by itself: a health check."""
+        """Record a call that LiteLLM made by itself: a health check, or what else it does beside the clients' calls."""
+        is_check = exchange is not None or _HEALTH_CHECK in (payload.get("request_tags") or ())
         gateway = exchange.gateway if exchange else self.recorder.settings.gateway.name
-        call = Call(self.recorder, gateway, "health_check")
+        call = Call(self.recorder, gateway, "health_check" if is_check else "internal")
         ended, seconds = payload.get("endTime") or time.time(), payload.get("response_time") or 0.0
         call.started_at = int((ended - seconds) * 1e6)
         call.ended_at = call.started + seconds

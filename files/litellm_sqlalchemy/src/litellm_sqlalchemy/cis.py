@@ -429,6 +429,15 @@ def set_user(server: Server) -> Verdict:
     return bool(there), "available" if there else "not available"
 
 
+@item("4.10", "Every login has a password, kept as a SCRAM verifier", "ALTER ROLE ... PASSWORD, or NOLOGIN")
+def passwords(server: Server) -> Verdict:
+    """List logins without one; the first superuser comes in over the socket only (5.3)."""
+    scram = "coalesce(rolpassword, '') ~ '^SCRAM-SHA-256[$]'"
+    return none_of(
+        server.names(f"SELECT rolname FROM pg_authid WHERE rolcanlogin AND oid <> 10 AND NOT {scram}"), "all"
+    )
+
+
 # 5 Connections
 
 
@@ -588,7 +597,7 @@ def archiving(server: Server) -> Verdict:
 @item("8.1", "Neither logs nor temporary files can fill the data directory", "set temp_file_limit and log_directory")
 def data_directory_alone(server: Server) -> Verdict:
     """Look at what else may grow there."""
-    outside = server.data not in Path(server.settings["log_directory"]).parents
+    outside = server.data not in (server.data / server.settings["log_directory"]).parents
     limit = server.settings["temp_file_limit"]
     return outside and limit != "-1", f"temp_file_limit = '{limit}', logs {'outside' if outside else 'inside'}"
 

@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -21,8 +20,9 @@ from litellm_sqlalchemy.errors import ExitCode, LogError
 from litellm_sqlalchemy.migrate import migrate
 from litellm_sqlalchemy.replay import replay
 from litellm_sqlalchemy.reports import add_verbs
+from litellm_sqlalchemy.retention import removed_until
 from litellm_sqlalchemy.settings import SETTINGS_VARIABLE, LoggingSettings, Settings, as_mapping, load_settings
-from litellm_sqlalchemy.status import spool_status, tables_status
+from litellm_sqlalchemy.status import Known, acknowledge, read_known, spool_status, tables_status
 from litellm_sqlalchemy.writer import run_writer
 
 _EXIT_CODES = "exit codes: " + ", ".join(f"{code.value} {code.name.lower()}" for code in ExitCode)
@@ -68,6 +68,9 @@ def _parser() -> argparse.ArgumentParser:
     add("write", _write, "Deliver the spool to PostgreSQL until stopped.")
     counting = add("status", _status, "Count what became of every event; exit 1 when any was lost or is not stored.")
     counting.add_argument("--spool-only", action="store_true", help="do not compare with the tables")
+    counting.add_argument(
+        "--acknowledge", action="store_true", help="take note of what is lost by now: only what comes on top fails"
+    )
     letters = add("dead-letters", _dead_letters, "List what PostgreSQL refused for good, or give it another chance.")
     letters.add_argument("action", nargs="?", choices=("list", "requeue"), default="list", help="default: list")
     letters.add_argument("id", nargs="*", help="letters to requeue; default: all")
@@ -108,16 +111,20 @@ def _write(settings: Settings, options: argparse.Namespace) -> int:
 
 
 def _status(settings: Settings, options: argparse.Namespace) -> int:
-    status = spool_status(settings.spool.directory)
+    directory = settings.spool.directory
+    status = spool_status(directory)
     if not options.json:
         print(status, flush=True)
     tables = None if options.spool_only else tables_status(settings)
-    if options.json:
-        _print({**asdict(status), "tables": asdict(tables) if tables else None})
-    elif tables:
+    if tables and not options.json:
         print(tables)
-    lost = status.dead or status.damaged or status.dropped or (tables and not tables.agree)
-    return ExitCode.FAILED if lost else ExitCode.OK
+    known = acknowledge(directory, status, tables) if options.acknowledge else read_known(directory)
+    if options.json:
+        content = {**asdict(status), "tables": asdict(tables) if tables else None, "acknowledged": asdict(known)}
+        _print(content)
+    elif known != Known():
+        print(known)
+    return ExitCode.OK if status.is_well(known) and (tables is None or tables.agree(known)) else ExitCode.FAILED
 
 
 def _dead_letters(settings: Settings, options: argparse.Namespace) -> int:
@@ -141,10 +148,12 @@ def _replay(settings: Settings, options: argparse.Namespace) -> int:
         _print(asdict(result))
     else:
         print(result)
-    window = time.time() - settings.spool.retain
-    if options.since.timestamp() < window:
-        kept = f"{datetime.fromtimestamp(window, UTC):%Y-%m-%dT%H:%M:%S+00:00}"
-        print(f"the spool keeps what was delivered since {kept} only (`spool.retain`)", file=sys.stderr)
+    removed = removed_until(settings.spool.directory)
+    if options.since.timestamp() < removed:
+        kept = f"{datetime.fromtimestamp(removed, UTC):%Y-%m-%dT%H:%M:%S+00:00}"
+        print(
+            f"the spool has not all that was delivered before {kept} (`spool.retain`, `retain_size`)", file=sys.stderr
+        )
     return ExitCode.FAILED if result.refused else ExitCode.OK
 
 

@@ -5,11 +5,11 @@ sequence number and the calls that have a request but no response yet, and the c
 replaced atomically after the database's commit: a crash in between delivers the batch again, which changes nothing.
 """
 
-import base64
 import fcntl
-import json
+import logging
 import os
 import shutil
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -18,21 +18,26 @@ from typing import Any
 
 import orjson
 
-from litellm_sqlalchemy import frames
+from litellm_sqlalchemy import dead_letters, frames
 from litellm_sqlalchemy.errors import SpoolError
 from litellm_sqlalchemy.frames import Damage, Frame, Kind
 from litellm_sqlalchemy.records import identifier
 from litellm_sqlalchemy.retention import Retention
 from litellm_sqlalchemy.spool import (
     STATE_FILE,
+    HookTimes,
     Lock,
     open_directory,
+    producers,
     read_counters,
-    remove_requeued,
     replace_file,
     reserve_space,
+    segments,
+    sync_directory,
 )
-from litellm_sqlalchemy.store import DeadLetter, Delivery
+from litellm_sqlalchemy.store import Delivery
+
+_log = logging.getLogger(__name__)
 
 #: Bytes read from a segment at once; a longer frame doubles it. A batch ends when it holds as much.
 _READ_SIZE = 2 * 1024 * 1024
@@ -58,7 +63,7 @@ class Totals:
 
     delivered_*: frames that the database has committed; duplicates: deliveries that found the row there already;
     dead: frames refused for good; damaged: frames that the disk lost; dropped: frames that no space was left for;
-    interrupted: responses made up for calls whose gateway process died.
+    interrupted: responses made up for calls whose gateway process died; hooks: of gateway processes that are gone.
     """
 
     delivered_requests: int = 0
@@ -68,6 +73,12 @@ class Totals:
     damaged: int = 0
     dropped: int = 0
     interrupted: int = 0
+    hooks: HookTimes = field(default_factory=HookTimes)
+
+    @property
+    def received(self) -> int:
+        """Frames whose fate is known."""
+        return self.delivered_requests + self.delivered_responses + self.dead + self.damaged + self.dropped
 
 
 @dataclass
@@ -95,6 +106,8 @@ class Consumer:
         """Take the writer's lock; delivered segments go to `retention`, if any. Raises SpoolError, LockedError."""
         self._retention = retention
         self.directory = open_directory(directory, create=True)
+        self.problem = ""  # why a producer's files cannot be read
+        self.guard = threading.Lock()  # held while counters move from a producer's folder to the totals
         self._state = directory / STATE_FILE
         try:
             self._lock = Lock(directory / "writer.lock")
@@ -109,19 +122,32 @@ class Consumer:
             raise SpoolError(f"spool directory {directory} cannot be used: {error.strerror}") from None
         reserve_space(self._state)
 
+    def cursors(self) -> dict[str, Cursor]:
+        """Return how far each producer's frames are delivered; other threads may ask."""
+        return self._cursors.copy()
+
     def close(self) -> None:
         """Let go of the lock."""
         self._lock.release()
 
     def batches(self, limit: int) -> Iterator[Batch]:
-        """Yield one batch of at most `limit` frames of each producer that has any, or that has ended."""
+        """Yield one batch of at most `limit` frames of each producer that has any, or that has ended.
+
+        A producer whose files cannot be read keeps none of the others back; `problem` tells of it.
+        """
         if self._retention:
             self._retention.prune()
+        problem = ""
         for producer in producers(self.directory):
-            batch = self._read(producer, limit)
+            try:
+                batch = self._read(producer, limit)
+            except OSError as error:
+                problem = f"{error.filename or self.directory / 'producers' / producer}: {error.strerror}"
+                continue
             before = self._cursors.get(producer, Cursor())
             if batch.frames or batch.damages or batch.finished or batch.cursor.segment > before.segment:
                 yield batch
+        self.problem = problem
 
     def account(self, batch: Batch, delivery: Delivery) -> None:
         """Count a delivered batch, once, and move its cursor's memory of open calls."""
@@ -137,12 +163,11 @@ class Consumer:
                 continue  # written again after a failed fsync
             gap = frame.sequence - cursor.sequence - 1
             cursor.sequence = frame.sequence
-            if gap and cursor.damaged:
+            if cursor.damaged:
                 totals.damaged += gap
             else:
                 totals.dropped += gap
-            if gap:
-                cursor.damaged = 0
+            cursor.damaged = 0
             if frame.sequence in dead:
                 totals.dead += 1
                 is_open.pop(_call_of_response(frame), None)
@@ -164,7 +189,7 @@ class Consumer:
         """Count what a producer that is gone lost at its end, where no frame came after to tell."""
         cursor = batch.cursor
         counters = read_counters(self.directory / "producers" / batch.producer)
-        lost = max(counters.get("received", 0) - max(cursor.sequence, 0), 0)
+        lost = max(counters.received - max(cursor.sequence, 0), 0)
         if cursor.damaged:
             self.totals.damaged += max(lost, cursor.damaged)  # a killed producer may not have counted its last frames
         else:
@@ -177,17 +202,27 @@ class Consumer:
         for number, damage in enumerate(batch.damages):
             name = f"{batch.producer}-{batch.cursor.segment}-{batch.cursor.offset}-{number}.damaged"
             replace_file(self.directory / "dead" / name, damage.content)
+        origins = dead_letters.read_origins(self.directory / "producers" / batch.producer)
         for letter in delivery.dead:
-            self._bury(batch.producer, letter)
+            dead_letters.bury(self.directory, batch.producer, letter.frame, letter.reason, origins)
         self._cursors[batch.producer] = batch.cursor
         self._save()
         folder = self.directory / "producers" / batch.producer
         if batch.finished:
             self._remove(folder)
             return
-        for file in folder.glob("*.seg"):
-            if int(file.stem) < batch.cursor.segment:
+        for number, file in segments(folder):
+            if number < batch.cursor.segment:
                 self._discard(file)
+
+    def hand_back(self, batch: Batch) -> None:
+        """Leave calls of requeued requests to the gateway process that answers them, as far as it still lives."""
+        origins = dead_letters.read_origins(self.directory / "producers" / batch.producer)
+        for call in list(batch.cursor.open):
+            cursor = self._cursors.get(origins.get(call, ""))
+            if cursor is not None:
+                batch.cursor.open.remove(call)
+                cursor.open.append(call)
 
     def _discard(self, segment: Path) -> None:
         if self._retention:
@@ -196,23 +231,27 @@ class Consumer:
             segment.unlink()
 
     def _remove(self, folder: Path) -> None:
-        remove_requeued(folder)
-        for file in folder.glob("*.seg"):
+        dead_letters.remove_requeued(folder)
+        for _, file in segments(folder):
             self._discard(file)
-        shutil.rmtree(folder)
+        with self.guard:
+            hooks = read_counters(folder).hooks
+            shutil.rmtree(folder)
+            self.totals.hooks += hooks
+        sync_directory(folder.parent)
         del self._cursors[folder.name]  # not before: what is left of the folder must not be delivered again
 
     def _read(self, producer: str, limit: int) -> Batch:
         folder = self.directory / "producers" / producer
         ended = has_ended(folder)  # before the files are listed: what a dead producer left is all there is
-        segments = sorted(int(file.stem) for file in folder.glob("*.seg"))
+        numbers = [number for number, _ in segments(folder)]
         known = self._cursors.get(producer)
-        cursor = Cursor(**asdict(known)) if known else Cursor(sequence=-1 if segments and segments[0] > 1 else 0)
+        cursor = Cursor(**asdict(known)) if known else Cursor(sequence=-1 if numbers and numbers[0] > 1 else 0)
         batch = Batch(producer, [], [], cursor)
-        for number in (segment for segment in segments if segment >= cursor.segment):
+        for number in (number for number in numbers if number >= cursor.segment):
             if number > cursor.segment:
                 cursor.segment, cursor.offset = number, 0
-            last = number == segments[-1]
+            last = number == numbers[-1]
             batch.full = not self._read_segment(folder, batch, limit, complete=ended or not last)
             if batch.full:
                 return batch
@@ -247,16 +286,6 @@ class Consumer:
                     size *= 2
         return True
 
-    def _bury(self, producer: str, letter: DeadLetter) -> None:
-        frame = letter.frame
-        content = {
-            "reason": letter.reason,
-            "kind": frame.kind.name.lower(),
-            "metadata": frame.metadata.decode(errors="backslashreplace"),
-            "frame": base64.b64encode(frames.encode(frame)).decode(),
-        }
-        replace_file(self.directory / "dead" / f"{producer}-{frame.sequence}.json", json.dumps(content).encode())
-
     def _save(self) -> None:
         content = {
             "totals": asdict(self.totals),
@@ -280,18 +309,14 @@ def read_state(directory: Path) -> tuple[Totals, dict[str, Cursor]]:
     try:
         content: dict[str, Any] = orjson.loads(file.read_bytes())
         cursors = {producer: Cursor(**cursor) for producer, cursor in content["producers"].items()}
-        return Totals(**content["totals"]), cursors
+        hooks = HookTimes(**content["totals"].pop("hooks", {}))
+        return Totals(**content["totals"], hooks=hooks), cursors
     except FileNotFoundError:
         return Totals(), {}
     except (ValueError, KeyError, TypeError) as error:
         raise SpoolError(
             f"{file} is damaged ({error}): move it away; every frame is then delivered again, which adds no row twice"
         ) from None
-
-
-def producers(directory: Path) -> list[str]:
-    """Return the producers that have a folder, oldest first."""
-    return sorted(folder.name for folder in (directory / "producers").glob("[!.]*"))
 
 
 def has_ended(folder: Path) -> bool:
@@ -309,21 +334,32 @@ def has_ended(folder: Path) -> bool:
     return True
 
 
-def last_sequence(directory: Path, producer: str, cursor: Cursor) -> tuple[int, int]:
-    """Return how many frames of a producer are not delivered yet, and its highest sequence number."""
-    folder = directory / "producers" / producer
-    pending, highest = 0, cursor.sequence
-    for file in sorted(folder.glob("*.seg")):
-        number = int(file.stem)
+def sequences(folder: Path, cursor: Cursor) -> Iterator[int]:
+    """Yield the sequence numbers of the whole frames in a producer's folder, from a cursor on."""
+    seed = frames.seed_of(folder.name)
+    for number, file in segments(folder):
         if number < cursor.segment:
             continue
         try:
             with file.open("rb") as segment:
                 segment.seek(cursor.offset if number == cursor.segment else 0)
                 data = segment.read()
-        except FileNotFoundError:
+        except FileNotFoundError:  # delivered meanwhile
             continue
-        for found, _behind in frames.decode(data, complete=False, seed=frames.seed_of(producer)):
-            if isinstance(found, Frame) and found.sequence > highest:
-                pending, highest = pending + 1, found.sequence
-    return pending, highest
+        for found, _behind in frames.decode(data, complete=False, seed=seed):
+            if isinstance(found, Frame):
+                yield found.sequence
+
+
+def oldest_waiting(folder: Path, cursor: Cursor) -> float | None:
+    """Return the time (Unix) of the oldest record of a producer that is not delivered, None where all is."""
+    for number, file in segments(folder):
+        offset = cursor.offset if number == cursor.segment else 0
+        if number < cursor.segment or file.stat().st_size <= offset:
+            continue
+        with file.open("rb") as segment:
+            segment.seek(offset)
+            first = next(frames.decode(segment.read(), complete=False, seed=frames.seed_of(folder.name)), None)
+        if first is not None and isinstance(first[0], Frame):
+            return float(orjson.loads(first[0].metadata)["created_at"]) / 1e6
+    return None

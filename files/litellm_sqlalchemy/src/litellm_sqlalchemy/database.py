@@ -13,7 +13,7 @@ import psycopg2
 from sqlalchemy import Connection, Engine, create_engine
 from sqlalchemy.exc import DBAPIError
 
-from litellm_sqlalchemy.errors import DatabaseError
+from litellm_sqlalchemy.errors import DatabaseError, SchemaError, SettingsError
 from litellm_sqlalchemy.settings import DatabaseSettings, load_credential
 
 #: Seconds of silence after which TCP asks whether the other side is there, and milliseconds until unanswered data
@@ -53,10 +53,17 @@ _CLASSES = {
 }
 
 
+def sqlstate(error: BaseException | None) -> str:
+    """Return the SQLSTATE of an error of psycopg2 or SQLAlchemy, an empty text where it has none."""
+    return getattr(error.orig if isinstance(error, DBAPIError) else error, "pgcode", None) or ""
+
+
 def classify(error: BaseException) -> ErrorClass:
-    """Return what to do about an error of psycopg2 or SQLAlchemy."""
+    """Return what to do about an error of psycopg2, SQLAlchemy or the credential file."""
+    if isinstance(error, SettingsError):
+        return ErrorClass.CREDENTIAL
     original = error.orig if isinstance(error, DBAPIError) else error
-    code = getattr(original, "pgcode", None) or ""
+    code = sqlstate(error)
     for key in (code, code[:2]):
         if key in _CLASSES:
             return _CLASSES[key]
@@ -72,7 +79,7 @@ def one_line(error: BaseException) -> str:
     """Return the message of a database error in one line, with its SQLSTATE."""
     original = error.orig if isinstance(error, DBAPIError) else error
     lines = str(original).strip().splitlines() or [type(original).__name__]
-    code = getattr(original, "pgcode", None)
+    code = sqlstate(error)
     message = f"{lines[0]} (SQLSTATE {code})" if code else " ".join(line.strip() for line in lines)
     if "certificate" in message:  # libpq tells neither dates nor what is wrong with it
         message += "; `litellm-sqlalchemy validate` tells about the certificate"
@@ -155,12 +162,20 @@ def _cut(engine: Engine) -> None:
 
 @contextmanager
 def connected(settings: DatabaseSettings, login: str, application: str) -> Iterator[Connection]:
-    """Yield one connection, for a verb that does one thing. Raises DatabaseError with the cause in one line."""
+    """Yield one connection, for a verb that does one thing.
+
+    Raises DatabaseError with the cause in one line, SchemaError where tables are not as this version has them.
+    """
     engine = make_engine(settings, login, application)
     try:
         with engine.connect() as connection:
             yield connection
     except (DBAPIError, psycopg2.Error) as error:
+        if classify(error) is ErrorClass.SCHEMA:
+            from litellm_sqlalchemy.migrate import schema_problem  # which imports this module
+
+            if problem := schema_problem(engine):
+                raise SchemaError(problem) from None
         raise DatabaseError(
             f"database {settings.name} at {settings.host}:{settings.port} as {login}: {one_line(error)}"
         ) from None

@@ -1,7 +1,8 @@
 """Dead letters: frames that PostgreSQL refused for good, each a file in the spool's `dead` folder, and the way back.
 
 What is requeued stands in a producer's folder of its own, with a list of the letters it was made of. The folder
-appears at once, whole and durable; then the letters are removed, by `requeue` or, if that dies, by the writer.
+appears at once, whole and durable; then the letters are removed, by `requeue` or, if that dies, by the writer. The
+folder also says which gateway processes the calls came from: one that still lives may have the answer yet to write.
 """
 
 import base64
@@ -16,14 +17,11 @@ from litellm_sqlalchemy import frames
 from litellm_sqlalchemy.errors import LogError, SpoolError
 from litellm_sqlalchemy.frames import Frame
 from litellm_sqlalchemy.identifiers import uuid7
-from litellm_sqlalchemy.spool import (
-    REQUEUED_FILE,
-    Lock,
-    open_directory,
-    remove_requeued,
-    replace_file,
-    sync_directory,
-)
+from litellm_sqlalchemy.spool import Lock, make_directory, open_directory, replace_file, sync_directory
+
+#: In a folder of requeued dead letters: the names of those it was made of, and the producer of each call.
+REQUEUED_FILE = "requeued.json"
+_ORIGINS_FILE = "origins.json"
 
 
 class UnknownLetterError(LogError):
@@ -32,11 +30,12 @@ class UnknownLetterError(LogError):
 
 @dataclass(frozen=True)
 class Letter:
-    """A dead letter: its name, the call it belongs to, and why it was refused."""
+    """A dead letter: its name, the call it belongs to, the producer it came from, and why it was refused."""
 
     id: str
     kind: str
     call: str
+    producer: str
     reason: str
     frame: Frame
 
@@ -79,7 +78,38 @@ def _read(file: Path) -> Letter:
             raise ValueError(frame.reason)
     except (ValueError, KeyError, TypeError) as error:
         raise SpoolError(f"dead letter {file} is damaged: {error}; move it away") from None
-    return Letter(file.stem, str(content["kind"]), _call(frame) or file.stem, str(content["reason"]), frame)
+    producer = str(content.get("producer") or file.stem.rpartition("-")[0])
+    return Letter(file.stem, str(content["kind"]), _call(frame) or file.stem, producer, str(content["reason"]), frame)
+
+
+def bury(directory: Path, producer: str, frame: Frame, reason: str, origins: dict[str, str]) -> None:
+    """Write a dead letter of a spool; `origins` as in `read_origins`. Raises OSError."""
+    content = {
+        "reason": reason,
+        "kind": frame.kind.name.lower(),
+        "producer": origins.get(_call(frame), producer),
+        "metadata": frame.metadata.decode(errors="backslashreplace"),
+        "frame": base64.b64encode(frames.encode(frame)).decode(),
+    }
+    replace_file(directory / "dead" / f"{producer}-{frame.sequence}.json", json.dumps(content).encode())
+
+
+def read_origins(folder: Path) -> dict[str, str]:
+    """Return the producer that each requeued call of a producer's folder came from; nothing for other folders."""
+    try:
+        origins: dict[str, str] = json.loads((folder / _ORIGINS_FILE).read_bytes())
+    except FileNotFoundError:
+        return {}
+    return origins
+
+
+def remove_requeued(folder: Path) -> None:
+    """Remove the dead letters that a producer's folder was made of, now that it is durable."""
+    file = folder / REQUEUED_FILE
+    if file.exists():
+        for name in json.loads(file.read_bytes()):
+            (folder.parent.parent / "dead" / f"{name}.json").unlink(missing_ok=True)
+        file.unlink()
 
 
 def _call(frame: Frame) -> str:
@@ -94,12 +124,13 @@ def _write(producers: Path, letters: list[Letter]) -> None:
     name = str(uuid7())
     seed = frames.seed_of(name)
     hidden = producers / f".{name}"
-    hidden.mkdir()
+    make_directory(hidden)
     lock = Lock(hidden / "lock")
     encoded = [
         frames.encode(letter.frame._replace(sequence=number), seed) for number, letter in enumerate(letters, start=1)
     ]
     replace_file(hidden / REQUEUED_FILE, json.dumps([letter.id for letter in letters]).encode())
+    replace_file(hidden / _ORIGINS_FILE, json.dumps({letter.call: letter.producer for letter in letters}).encode())
     replace_file(hidden / "0000000001.seg", b"".join(encoded))
     os.rename(hidden, producers / name)
     sync_directory(producers)

@@ -18,7 +18,6 @@ import orjson
 from sqlalchemy import Connection, text
 
 from litellm_sqlalchemy import frames
-from litellm_sqlalchemy.calls import text as as_stored
 from litellm_sqlalchemy.consumer import Cursor, read_state
 from litellm_sqlalchemy.database import connected
 from litellm_sqlalchemy.dead_letters import read_letters
@@ -27,6 +26,7 @@ from litellm_sqlalchemy.frames import Frame
 from litellm_sqlalchemy.settings import Settings
 from litellm_sqlalchemy.spool import open_directory
 from litellm_sqlalchemy.usage import forget_user
+from litellm_sqlalchemy.values import text as as_stored
 
 #: The user's calls, and whether each has ended: no call takes a day, whatever became of its response.
 _CALLS = """

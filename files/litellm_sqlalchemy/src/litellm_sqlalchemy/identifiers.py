@@ -6,24 +6,36 @@ import time
 import uuid
 from datetime import UTC, datetime
 
+#: In milliseconds with 12 fraction bits.
+_SECOND = 1000 << 12
 _lock = threading.Lock()
 _last = 0
 
 
 def uuid7(at_ns: int | None = None) -> uuid.UUID:
-    """Return a new UUIDv7; ids of one process never go back in time.
+    """Return a new UUIDv7; ids of one process do not go back in time, unless the clock does by more than a second.
 
     `at_ns` is a Unix time in nanoseconds, default now. The 12 bits behind the milliseconds hold the fraction
     of the millisecond (RFC 9562, section 6.2, method 3), so that ids made within one millisecond keep order.
     """
+    return uuid.UUID(int=_uuid7(at_ns))
+
+
+def new_id() -> str:
+    """Return a new UUIDv7 as 32 hexadecimal digits."""
+    return f"{_uuid7():032x}"
+
+
+def _uuid7(at_ns: int | None = None) -> int:
     global _last
     ticks = ((time.time_ns() if at_ns is None else at_ns) << 12) // 1_000_000  # milliseconds with 12 fraction bits
     if at_ns is None:
         with _lock:
-            ticks = _last = max(ticks, _last + 1)
+            if _last - ticks < _SECOND:
+                ticks = max(ticks, _last + 1)
+            _last = ticks
     random = int.from_bytes(os.urandom(8), "big") >> 2
-    value = (ticks >> 12) << 80 | 7 << 76 | (ticks & 0xFFF) << 64 | 0b10 << 62 | random
-    return uuid.UUID(int=value)
+    return (ticks >> 12) << 80 | 7 << 76 | (ticks & 0xFFF) << 64 | 0b10 << 62 | random
 
 
 def first_id_at(moment: datetime) -> uuid.UUID:

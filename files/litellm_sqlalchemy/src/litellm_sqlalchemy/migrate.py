@@ -1,6 +1,6 @@
 """The schema: Alembic's migrations, the privileges on what they make, and whether both are in force.
 
-Alembic is imported where it is used: the writer asks for a schema only when something is wrong, and saves 12 MB.
+Alembic is imported where it migrates: what revision the database is at, the writer asks too, which saves 12 MB.
 """
 
 from __future__ import annotations
@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psycopg2
-from sqlalchemy import Connection, Engine, text
+from sqlalchemy import Connection, Engine, inspect, text
 from sqlalchemy.exc import DBAPIError
 
 from litellm_sqlalchemy.database import connected
-from litellm_sqlalchemy.errors import SchemaError
+from litellm_sqlalchemy.errors import SchemaError, SettingsError
 from litellm_sqlalchemy.settings import RoleSettings, Settings
 
 if TYPE_CHECKING:
     from alembic.config import Config
-    from alembic.script import ScriptDirectory
 
+_MIGRATIONS = Path(__file__).parent / "migrations"
 #: Privileges on the tables by the name of the role's setting; nobody has any other. The writer cannot read a body
 #: back, change or delete it.
 PRIVILEGES: dict[str, dict[str, tuple[str, ...]]] = {
@@ -28,6 +28,8 @@ PRIVILEGES: dict[str, dict[str, tuple[str, ...]]] = {
         "requests": ("SELECT",),
         "responses": ("SELECT",),
         "calls": ("SELECT",),
+        "usage": ("SELECT",),
+        "errors": ("SELECT",),
         "daily_usage": ("SELECT",),
         "alembic_version": ("SELECT",),
     },
@@ -46,29 +48,26 @@ def config(connection: Connection | None = None) -> Config:
     from alembic.config import Config
 
     result = Config()
-    result.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    result.set_main_option("script_location", str(_MIGRATIONS))
     result.attributes["connection"] = connection
     return result
 
 
+def revisions() -> list[str]:
+    """Return the revisions that this version of the package knows, oldest first, by the names of their files."""
+    return sorted(file.name.partition("_")[0] for file in (_MIGRATIONS / "versions").glob("[0-9]*.py"))
+
+
 def head() -> str:
     """Return the revision that this version of the package needs."""
-    revision = _scripts().get_current_head()
-    assert revision is not None
-    return revision
+    return revisions()[-1]
 
 
 def current(connection: Connection) -> str | None:
     """Return the revision that the database is at, None before the first."""
-    from alembic.runtime.migration import MigrationContext
-
-    return MigrationContext.configure(connection).get_current_revision()
-
-
-def _scripts() -> ScriptDirectory:
-    from alembic.script import ScriptDirectory
-
-    return ScriptDirectory.from_config(config())
+    if not inspect(connection).has_table("alembic_version"):
+        return None
+    return connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
 
 
 def schema_problem(engine: Engine) -> str:
@@ -76,7 +75,7 @@ def schema_problem(engine: Engine) -> str:
     try:
         with engine.connect() as connection:
             return problem_of(current(connection))
-    except (DBAPIError, psycopg2.Error):
+    except (DBAPIError, psycopg2.Error, SettingsError):
         return ""
 
 
@@ -84,8 +83,7 @@ def problem_of(revision: str | None) -> str:
     """Return what is wrong with a revision of the database, an empty text when it is the one needed."""
     if revision == head():
         return ""
-    known = {script.revision for script in _scripts().walk_revisions()}
-    if revision is None or revision in known:
+    if revision is None or revision in revisions():
         seen = f"at revision {revision}" if revision else "empty"
         return f"schema is {seen}, this version needs {head()}: run `litellm-sqlalchemy migrate`"
     return f"schema is at revision {revision}, which this version does not know: install a newer litellm-sqlalchemy"

@@ -43,8 +43,8 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 PAYLOAD_ENCODINGS = ("json", "text", "base64", "truncated")
 #: How a call ended. `interrupted`: its gateway process died before the call's end was recorded.
 STATUSES = ("success", "failure", "client_disconnected", "interrupted")
-#: Who made a call: a client, or LiteLLM's own health check.
-ORIGINS = ("client", "health_check")
+#: Who made a call: a client, LiteLLM's own health check, or LiteLLM for whatever else it does by itself.
+ORIGINS = ("client", "health_check", "internal")
 #: Characters of `key_hash` that its index has: 28 bits tell keys apart. An entry is then no wider than two `bigint`, up
 #: to which PostgreSQL splits the pages of an index where it grows (nbtsplitloc.c): 33 bytes, not 72. The index on
 #: models has their hash for the same reason.
@@ -95,7 +95,7 @@ class Request(Base):
     id: Mapped[uuid.UUID] = mapped_column(primary_key=True, comment="UUIDv7 made by the gateway")
     created_at: Mapped[datetime] = mapped_column(comment="When the call came in, by the gateway's clock")
     gateway: Mapped[str] = mapped_column(comment="Gateway process that took the call: name:port")
-    origin: Mapped[str] = mapped_column(comment="client, or health_check for LiteLLM's own")
+    origin: Mapped[str] = mapped_column(comment="client, or for LiteLLM's own calls health_check or internal")
     calls: Mapped[int] = mapped_column(
         comment="Client calls this row stands for; above 1 only for rejected calls over `content.rejected_rate`"
     )

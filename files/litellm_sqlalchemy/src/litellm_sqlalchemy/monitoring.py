@@ -1,19 +1,25 @@
 """What the writer tells about itself: Prometheus metrics and a health endpoint with causes."""
 
+import contextlib
 import threading
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import accumulate
 
 import orjson
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.registry import Collector
 from sqlalchemy import Engine
 
-from litellm_sqlalchemy.consumer import Consumer, producers
+from litellm_sqlalchemy.consumer import Consumer, Cursor, oldest_waiting
 from litellm_sqlalchemy.database import ErrorClass
 from litellm_sqlalchemy.errors import SettingsError
 from litellm_sqlalchemy.settings import Settings
-from litellm_sqlalchemy.spool import read_counters, segment_sizes
-from litellm_sqlalchemy.store import Delivery
+from litellm_sqlalchemy.spool import HOOK_SECONDS, Counters, HookTimes, producers, read_counters, spool_size
+
+_PREFIX = "litellm_sqlalchemy_"
 
 
 class Health:
@@ -21,16 +27,21 @@ class Health:
 
     def __init__(self) -> None:
         """Start as healthy."""
-        self.cause = ""
-        self.message = ""
+        self._database = self._spool = ("", "")
 
-    def set(self, cause: str, message: str) -> None:
-        """Say why nothing is delivered now."""
-        self.cause, self.message = cause, message
+    def database(self, cause: ErrorClass | None, message: str = "") -> bool:
+        """Say why the database takes nothing, or that it does; return whether that is news."""
+        known, self._database = self._database, (cause.value if cause else "", message)
+        return known != self._database
 
-    def clear(self) -> None:
-        """Say that the last batch was delivered."""
-        self.cause = self.message = ""
+    def spool(self, message: str) -> bool:
+        """Say which file cannot be read or written, an empty text where all can; return whether that is news."""
+        known, self._spool = self._spool, ("spool" if message else "", message)
+        return known != self._spool
+
+    def problem(self) -> tuple[str, str] | None:
+        """Return a cause and its message, None where all is well."""
+        return next((problem for problem in (self._database, self._spool) if problem[0]), None)
 
 
 class Monitor:
@@ -39,36 +50,25 @@ class Monitor:
     def __init__(self, settings: Settings, consumer: Consumer, health: Health, engine: Engine) -> None:
         """Make the metrics; nothing listens before `start`."""
         self._settings = settings
-        self._consumer = consumer
         self._health = health
-        self._engine = engine
         self._server: ThreadingHTTPServer | None = None
         registry = self._registry = CollectorRegistry()
-        prefix = "litellm_sqlalchemy_"
-        self._frames = Gauge(
-            f"{prefix}frames", "Frames since the spool was made, by what became of them", ["fate"], registry=registry
-        )
-        self._events = Gauge(
-            f"{prefix}gateway_frames", "Frames of the living gateway processes", ["fate"], registry=registry
-        )
-        self._callback = Gauge(
-            f"{prefix}callback_seconds", "Time that the hooks of the living gateway processes took", registry=registry
-        )
-        self._calls = Gauge(f"{prefix}callback_calls", "Calls that they took it for", registry=registry)
-        self._letters = Gauge(f"{prefix}dead_letters", "Dead letters that wait to be requeued", registry=registry)
-        self._spool_bytes = Gauge(f"{prefix}spool_bytes", "Size of the spool's segments", registry=registry)
-        self._oldest = Gauge(
-            f"{prefix}spool_oldest_timestamp_seconds",
-            "Last change of the oldest segment with undelivered frames; 0 without one",
-            registry=registry,
-        )
-        self._pool = Gauge(f"{prefix}pool_connections", "Connections in use", registry=registry)
-        self._healthy = Gauge(f"{prefix}healthy", "1 when the last batch was delivered", registry=registry)
+        registry.register(_SpoolCollector(consumer))
+        pool = Gauge(f"{_PREFIX}pool_connections", "Connections in use", registry=registry)
+        pool.set_function(engine.pool.checkedout)  # type: ignore[attr-defined]
+        healthy = Gauge(f"{_PREFIX}healthy", "1 when nothing keeps the writer from its work", registry=registry)
+        healthy.set_function(lambda: health.problem() is None)
+        self._connections = Counter(f"{_PREFIX}connections", "Connections opened", registry=registry)
         self._batch_frames = Histogram(
-            f"{prefix}batch_frames", "Frames of a batch", buckets=(1, 10, 100, 500, 1000, 5000), registry=registry
+            f"{_PREFIX}batch_frames", "Frames of a batch", buckets=(1, 10, 100, 500, 1000, 5000), registry=registry
         )
-        self._batch_seconds = Histogram(f"{prefix}batch_seconds", "Time to deliver a batch", registry=registry)
-        self._retries = Counter(f"{prefix}retries", "Failed attempts at a batch", ["cause"], registry=registry)
+        self._batch_seconds = Histogram(
+            f"{_PREFIX}batch_seconds", "Time to deliver a batch, failed attempts included", registry=registry
+        )
+        self._commit_seconds = Histogram(f"{_PREFIX}commit_seconds", "Time of a COMMIT", registry=registry)
+        self._retries = Counter(f"{_PREFIX}retries", "Failed attempts at a batch", ["cause"], registry=registry)
+        for cause in ErrorClass:
+            self._retries.labels(cause.value)
 
     def start(self) -> None:
         """Listen. Raises SettingsError when the address cannot be used."""
@@ -88,11 +88,19 @@ class Monitor:
             self._server.shutdown()
             self._server.server_close()
 
-    def delivered(self, count: int, delivery: Delivery, seconds: float) -> None:
+    def delivered(self, count: int, seconds: float) -> None:
         """Count a delivered batch."""
         if count:
             self._batch_frames.observe(count)
             self._batch_seconds.observe(seconds)
+
+    def committed(self, seconds: float) -> None:
+        """Count a COMMIT."""
+        self._commit_seconds.observe(seconds)
+
+    def connected(self) -> None:
+        """Count a new connection."""
+        self._connections.inc()
 
     def retried(self, cause: ErrorClass) -> None:
         """Count a failed attempt."""
@@ -100,28 +108,74 @@ class Monitor:
 
     def metrics(self) -> bytes:
         """Return the metrics in Prometheus' text format."""
-        totals = self._consumer.totals
-        for fate in ("delivered_requests", "delivered_responses", "duplicates", "dead", "damaged", "dropped"):
-            self._frames.labels(fate).set(getattr(totals, fate))
-        directory = self._consumer.directory
-        counters = [read_counters(directory / "producers" / name) for name in producers(directory)]
-        for fate in ("received", "dropped"):
-            self._events.labels(fate).set(sum(counter.get(fate, 0) for counter in counters))
-        self._callback.set(sum(counter.get("seconds", 0) for counter in counters))
-        self._calls.set(sum(counter.get("calls", 0) for counter in counters))
-        self._letters.set(sum(1 for _ in directory.glob("dead/*.json")))
-        segments = list(segment_sizes(directory))
-        self._spool_bytes.set(sum(size for _file, size in segments))
-        self._oldest.set(min((file.stat().st_mtime for file, size in segments if size), default=0))
-        self._pool.set(self._engine.pool.checkedout())  # type: ignore[attr-defined]
-        self._healthy.set(not self._health.cause)
         return generate_latest(self._registry)
 
     def status(self) -> dict[str, str]:
         """Return the health as plain values."""
-        if self._health.cause:
-            return {"status": "degraded", "cause": self._health.cause, "message": self._health.message}
+        if problem := self._health.problem():
+            return {"status": "degraded", "cause": problem[0], "message": problem[1]}
         return {"status": "ok"}
+
+
+class _SpoolCollector(Collector):
+    """Reads the spool at every scrape."""
+
+    def __init__(self, consumer: Consumer) -> None:
+        self._consumer = consumer
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield what the writer, the gateway processes and the files tell."""
+        consumer, directory = self._consumer, self._consumer.directory
+        with consumer.guard:
+            living = {name: read_counters(directory / "producers" / name) for name in producers(directory)}
+            hooks = HookTimes()
+            for times in (consumer.totals.hooks, *(counters.hooks for counters in living.values())):
+                hooks += times
+        yield self._frames(living)
+        yield from _of_hooks(hooks)
+        for name, what, value in (
+            ("dead_letters", "Dead letters that wait to be requeued", sum(1 for _ in directory.glob("dead/*.json"))),
+            ("spool_bytes", "Size of the spool's segments", spool_size(directory)),
+            ("spool_oldest_timestamp_seconds", "Time of the oldest record that waits; 0 without one", self._oldest()),
+            ("gateway_dropped_frames", "Frames that living gateway processes had no space for",
+             sum(counters.dropped for counters in living.values())),
+            ("gateway_unsynced_calls", "Calls of living gateway processes that went on before their record was durable",
+             sum(counters.unsynced for counters in living.values())),
+        ):  # fmt: skip
+            yield GaugeMetricFamily(f"{_PREFIX}{name}", what, value)
+
+    def _frames(self, living: dict[str, Counters]) -> Metric:
+        """Return frames by fate: received = all the others but duplicates and interrupted.
+
+        What the gateway processes have received is as old as their counters, some seconds.
+        """
+        totals, cursors = self._consumer.totals, self._consumer.cursors()
+        passed = {name: max(cursors[name].sequence, 0) if name in cursors else 0 for name in living}
+        spooled = sum(max(counters.received - passed[name], 0) for name, counters in living.items())
+        result = GaugeMetricFamily(f"{_PREFIX}frames", "Frames since the spool was made, by fate", labels=["fate"])
+        result.add_metric(["received"], totals.received + spooled)
+        result.add_metric(["spooled"], spooled)
+        for fate in ("delivered_requests", "delivered_responses", "duplicates", "dead", "damaged", "dropped",
+                     "interrupted"):  # fmt: skip
+            result.add_metric([fate], getattr(totals, fate))
+        return result
+
+    def _oldest(self) -> float:
+        directory, cursors = self._consumer.directory, self._consumer.cursors()
+        found = []
+        for name in producers(directory):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # delivered meanwhile, or damaged
+                found.append(oldest_waiting(directory / "producers" / name, cursors.get(name, Cursor())))
+        return min((time for time in found if time is not None), default=0)
+
+
+def _of_hooks(hooks: HookTimes) -> Iterator[Metric]:
+    buckets = zip(map(str, (*HOOK_SECONDS, "+Inf")), accumulate(hooks.counts), strict=True)
+    yield HistogramMetricFamily(
+        f"{_PREFIX}hook_seconds", "Time of the callback's hooks in the gateway", list(buckets), hooks.seconds
+    )
+    yield CounterMetricFamily(f"{_PREFIX}calls", "Calls that have ended", hooks.calls)
+    yield CounterMetricFamily(f"{_PREFIX}hook_failures", "Hooks that failed; their calls went on", hooks.failures)
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -1,11 +1,14 @@
 """An ASGI application around LiteLLM's: it sees every exchange whole, and changes nothing of it."""
 
+import ipaddress
 import time
 from asyncio import CancelledError
-from collections.abc import Awaitable, Callable, Generator, MutableMapping
+from collections.abc import Awaitable, Callable, Generator, Mapping, MutableMapping
+from functools import lru_cache
 from typing import Any
 
-from litellm_sqlalchemy.calls import Call, Recorder, client_address, current_call
+from litellm_sqlalchemy.calls import Call, current_call
+from litellm_sqlalchemy.recorder import Recorder
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -13,8 +16,16 @@ Send = Callable[[Message], Awaitable[None]]
 Application = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 
+#: Attributes of a call, the request headers that they are taken from, and characters that are kept.
+_KEPT_HEADERS = (
+    ("user_agent", b"user-agent", 512),
+    ("call_id", b"x-litellm-call-id", 256),
+    ("session_id", b"x-litellm-session-id", 512),
+)
+
+
 class CallObserver:
-    """Opens a `Call` for each HTTP exchange and ends it when the last byte has gone out."""
+    """Opens a `Call` for each HTTP exchange, or WebSocket session, and ends it when the last byte has gone out."""
 
     def __init__(self, app: Application, recorder: Recorder) -> None:
         """Wrap `app`."""
@@ -23,7 +34,7 @@ class CallObserver:
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """Pass everything through, both ways, as it is."""
-        call = self._open(scope) if scope["type"] == "http" else None
+        call = self._open(scope) if scope["type"] in ("http", "websocket") else None
         if call is None:
             await self._app(scope, receive, send)
             return
@@ -31,10 +42,15 @@ class CallObserver:
 
         async def observed_receive() -> Message:
             message = await receive()
-            if message["type"] == "http.request":
-                call.request.add(message.get("body", b""))
-            elif not last_byte_sent:
-                call.disconnected = True
+            try:
+                if message["type"] == "http.request":
+                    call.request.add(message.get("body", b""))
+                elif message["type"] == "http.disconnect":
+                    call.disconnected = call.disconnected or not last_byte_sent
+                elif message["type"] == "websocket.receive":
+                    call.response.add(_content(message))
+            except Exception:
+                self._recorder.fail("the observer")
             return message
 
         async def observed_send(message: Message) -> None:
@@ -43,12 +59,13 @@ class CallObserver:
                 if message["type"] == "http.response.start":
                     _note_start(call, message)
                 elif message["type"] == "http.response.body":
-                    if not call.first_byte_at:
-                        call.first_byte_at = time.perf_counter()
-                    call.response.add(message.get("body", b""))
+                    _note_answer(call, message.get("body", b""))
                     if not message.get("more_body"):
                         last_byte_sent = True
                         call.disconnected = call.disconnected or _is_gone(receive)
+                elif message["type"].startswith("websocket."):
+                    last_byte_sent = True  # a session has no last byte that somebody waits for
+                    _note_session(call, message)
             except Exception:
                 self._recorder.fail("the observer")
             await send(message)
@@ -73,20 +90,16 @@ class CallObserver:
             server = scope.get("server")
             port = f":{server[1]}" if server else ""
             call = Call(self._recorder, f"{self._recorder.settings.gateway.name}{port}")
-            call.method = scope.get("method")
+            call.method = scope.get("method", "GET")  # a session begins with a GET
             call.endpoint = scope.get("path", "")
-            call.client = client_address(scope)
-            for name, value in scope.get("headers", ()):
-                if name == b"user-agent":
-                    call.user_agent = value.decode("latin-1")
-                elif name == b"content-type":
-                    call.content_type = value
-                elif name == b"x-litellm-call-id":
-                    call.call_id = value.decode("latin-1")[:256]
-                elif name == b"x-litellm-session-id":
-                    call.session_id = value.decode("latin-1")
-                if name in self._recorder.headers:
-                    call.headers[name.decode("latin-1")] = value.decode("latin-1")[:512]
+            call.client = _client_address(scope)
+            headers = dict(scope.get("headers", ()))
+            call.content_type = headers.get(b"content-type", b"")
+            for attribute, name, length in _KEPT_HEADERS:
+                if name in headers:
+                    setattr(call, attribute, headers[name].decode("latin-1")[:length])
+            for name in self._recorder.headers & headers.keys():
+                call.headers[name.decode("latin-1")] = headers[name].decode("latin-1")[:512]
         except Exception:
             self._recorder.fail("the observer")
             call = None
@@ -114,6 +127,33 @@ def _note_start(call: Call, message: Message) -> None:
             call.call_id = value.decode("latin-1")[:256]
 
 
+def _note_answer(call: Call, content: bytes) -> None:
+    if not call.first_byte_at:
+        call.first_byte_at = time.perf_counter()
+    call.response.add(content)
+
+
+def _note_session(call: Call, message: Message) -> None:
+    """Take note of what goes out in a WebSocket session; one that is closed before it was accepted is refused.
+
+    Its request is written before anything is said: the response holds what both sides say, a line each.
+    """
+    if message["type"] == "websocket.accept":
+        call.status_code = 101
+    elif message["type"] == "websocket.send":
+        _note_answer(call, _content(message))
+    elif message["type"] == "websocket.close":
+        call.status_code = call.status_code or 403
+    elif message["type"] == "websocket.http.response.start":
+        call.status_code = message["status"]
+
+
+def _content(message: Message) -> bytes:
+    """Return a message of a WebSocket session as a line, nothing for one that opens or closes it."""
+    content = message.get("bytes") or (message.get("text") or "").encode(errors="replace")
+    return content + b"\n" if content else b""
+
+
 def _is_gone(receive: Receive) -> bool:
     """Look, without waiting, whether the server has seen the client hang up; all of the request was read by now."""
     waiting = receive().__await__()
@@ -125,3 +165,17 @@ def _is_gone(receive: Receive) -> bool:
         if isinstance(waiting, Generator):
             waiting.close()
     return False
+
+
+def _client_address(scope: Mapping[str, Any]) -> str | None:
+    """Return the client's address of an ASGI scope, None where it is no IP address."""
+    client = scope.get("client")
+    return _address(client[0]) if client else None
+
+
+@lru_cache(1024)
+def _address(name: str) -> str | None:
+    try:
+        return str(ipaddress.ip_address(name))
+    except ValueError:
+        return None

@@ -14,7 +14,6 @@ from sqlalchemy import (
     BigInteger,
     ColumnElement,
     Connection,
-    Date,
     Float,
     Select,
     case,
@@ -26,7 +25,7 @@ from sqlalchemy import (
 
 from litellm_sqlalchemy.identifiers import first_id_at
 from litellm_sqlalchemy.models import KEY_PREFIX_LENGTH, DailyUsage, Request, Response
-from litellm_sqlalchemy.views import calls_view
+from litellm_sqlalchemy.views import ERROR_DIMENSIONS, call_day, calls_view, count_errors, key_name
 
 Row = dict[str, Any]
 
@@ -45,7 +44,7 @@ def _dimensions(
         "model": calls.model.expression,
         "served_model": served_model,
         "provider": provider,
-        "key": func.coalesce(calls.key_alias, calls.key_hash),
+        "key": key_name(calls),
         "user": calls.user_id.expression,
         "team": calls.team_id.expression,
         "endpoint": calls.endpoint.expression,
@@ -55,7 +54,7 @@ def _dimensions(
 #: What totals can be grouped by, and the same columns of `daily_usage`.
 DIMENSIONS = _dimensions(
     Request,
-    cast(func.timezone(literal_column("'UTC'"), Request.created_at), Date),
+    call_day(),
     Response.model.expression,
     Response.provider.expression,
 )
@@ -180,7 +179,7 @@ def last_calls(connection: Connection, selection: Selection, limit: int = 100) -
 
 def last_calls_query(selection: Selection, limit: int) -> Select[Any]:
     """Return the query of `last_calls`."""
-    indexed = (selection.model, selection.key, selection.user, selection.team)
+    indexed = (selection.model, selection.key, selection.user)
     time = Request.created_at if any(indexed) else Request.id  # the order in which an index has them
     return selection.apply(calls_view()).order_by(time.desc()).limit(limit)
 
@@ -231,17 +230,8 @@ def latencies(connection: Connection, by: Sequence[str], selection: Selection) -
 
 def errors(connection: Connection, selection: Selection) -> list[Row]:
     """Return how often calls failed, by model, error type and code, the most frequent first."""
-    dimensions: tuple[Any, ...] = (Request.model, Response.status, Response.error_type, Response.error_code)
-    count = func.sum(Request.calls).label("calls")
-    query = (
-        select(*dimensions, count, func.max(Request.created_at).label("last_at"))
-        .select_from(Request)
-        .join(Response, selection.join())
-        .where(Response.status != "success")
-        .group_by(*dimensions)
-        .order_by(count.desc(), *dimensions)
-    )
-    return _rows(connection, selection.apply(query))
+    query = count_errors(*ERROR_DIMENSIONS).order_by(literal_column("calls").desc(), *ERROR_DIMENSIONS)
+    return _rows(connection, selection.apply(query.where(selection.join())))
 
 
 def _rows(connection: Connection, query: Select[Any]) -> list[Row]:

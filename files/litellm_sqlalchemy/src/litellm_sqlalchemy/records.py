@@ -44,6 +44,8 @@ _INT4 = struct.Struct(">i").pack
 _LENGTHS = [_INT4(size) for size in range(256)]
 #: Bytes that go to the server at once: four TLS records.
 _PIECE_SIZE = 64 * 1024
+#: U+0000 in JSON: an escape, unless its backslash is escaped itself.
+_NUL = re.compile(rb"(?<!\\)((?:\\\\)*)\\u0000")
 _UNFIT = (struct.error, ValueError, TypeError, OverflowError)
 
 Metadata = dict[str, Any]
@@ -75,6 +77,8 @@ def _json(value: bytes) -> bytes:
 
 def _jsonb(value: Any) -> bytes:
     data = orjson.dumps(value)
+    if b"\\u0000" in data:  # which `jsonb` refuses
+        data = _NUL.sub(rb"\1\\ufffd", data)
     return b"".join((_INT4(len(data) + 1), b"\x01", data))
 
 

@@ -1,4 +1,4 @@
-"""The verbs that read the log: `calls`, `call`, `top` and `usage`, as tables, JSON or CSV."""
+"""The verbs that read the log: `calls`, `call`, `top`, `errors` and `usage`, as tables, JSON or CSV."""
 
 import argparse
 import csv
@@ -38,6 +38,7 @@ def add_verbs(add: AddVerb) -> None:
     top.add_argument("--by", choices=sorted(queries.DIMENSIONS), default="model", help="default: %(default)s")
     top.add_argument("--order", choices=_ORDERS, default="calls", help="default: %(default)s")
     top.add_argument("--last", type=int, default=20, metavar="N", help="how many (default: %(default)s)")
+    _with_selection(add("errors", _errors, "Count failures by model, error type and code."), since="24h")
     usage = _with_selection(add("usage", _usage, "Sum up calls, failures, tokens and cost."), since="7d")
     usage.add_argument("--by", type=_dimensions, default=["day"], metavar="A,B", help="e.g. day,model (default: day)")
 
@@ -131,6 +132,13 @@ def _top(settings: Settings, options: argparse.Namespace) -> int:
 def _usage(settings: Settings, options: argparse.Namespace) -> int:
     with _reader(settings) as connection:
         rows = queries.totals(connection, options.by, _selection(options))
+    _print(rows, options)
+    return ExitCode.OK
+
+
+def _errors(settings: Settings, options: argparse.Namespace) -> int:
+    with _reader(settings) as connection:
+        rows = queries.errors(connection, _selection(options))
     _print(rows, options)
     return ExitCode.OK
 

@@ -1,11 +1,13 @@
 """Delivered segments, kept for a while: from them comes back what a database restored to an earlier time has lost.
 
     <spool>/retired/<producer>/<number>.seg      its time of modification says when it was retired
+    <spool>/retired/removed                      ... until when segments were removed
 
 A segment goes there when the database has committed all its frames, and is removed after `spool.retain` seconds, above
 `spool.retain_size` bytes in all, or when the disk gets full: the live spool comes first.
 """
 
+import contextlib
 import os
 import shutil
 import time
@@ -15,10 +17,12 @@ from pathlib import Path
 from litellm_sqlalchemy import frames
 from litellm_sqlalchemy.frames import Frame
 from litellm_sqlalchemy.settings import SpoolSettings
+from litellm_sqlalchemy.spool import make_directory, make_file
 
 _PRUNE_INTERVAL = 60.0
-#: Part of the file system that stays free of retired segments.
-_FREE_PART = 10
+#: Part of the file system that stays free of retired segments, at least.
+_FREE = 0.1
+_REMOVED = "removed"
 
 
 class Retention:
@@ -29,6 +33,7 @@ class Retention:
         self._spool = settings.directory
         self._directory = settings.directory / "retired"
         self._seconds, self._size = settings.retain, settings.retain_size
+        self._free = max(_FREE, settings.reserve + _FREE / 2)  # more than what producers leave to others
         self._prune_at = 0.0
 
     def retire(self, segment: Path) -> None:
@@ -36,7 +41,9 @@ class Retention:
         target = self._directory / segment.parent.name / segment.name
         if self._seconds and not self._is_disk_full():
             try:
-                target.parent.mkdir(parents=True, exist_ok=True)
+                for folder in (self._directory, target.parent):
+                    if not folder.is_dir():
+                        make_directory(folder)
                 os.utime(segment)
                 segment.rename(target)
             except OSError:  # a full disk must not stop the delivery
@@ -44,6 +51,7 @@ class Retention:
             else:
                 return
         segment.unlink()
+        self._note_removed(time.time())
 
     def prune(self, *, now: float | None = None) -> None:
         """Remove what is too old or too much, once a minute, and at once when the disk gets full."""
@@ -58,13 +66,29 @@ class Retention:
             if status.st_mtime >= limit and size <= self._size and not self._is_disk_full():
                 break
             file.unlink()
+            self._note_removed(status.st_mtime)
             size -= status.st_size
             if not any(file.parent.iterdir()):
                 file.parent.rmdir()
 
+    def _note_removed(self, until: float) -> None:
+        with contextlib.suppress(OSError):  # a disk without an inode left: a replay then tells less
+            if not self._directory.is_dir():
+                make_directory(self._directory)
+            os.close(make_file(self._directory / _REMOVED, os.O_WRONLY))
+            os.utime(self._directory / _REMOVED, (until, until))
+
     def _is_disk_full(self) -> bool:
         usage = shutil.disk_usage(self._spool)
-        return usage.free < usage.total / _FREE_PART
+        return usage.free < usage.total * self._free
+
+
+def removed_until(directory: Path) -> float:
+    """Return the time (Unix) up to which the spool may lack what was delivered, 0 where it has everything."""
+    try:
+        return (directory / "retired" / _REMOVED).stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def delivered_since(directory: Path, since: float) -> Iterator[Frame]:

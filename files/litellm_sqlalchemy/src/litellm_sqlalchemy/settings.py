@@ -72,6 +72,7 @@ class SpoolSettings(_Section):
     fsync_interval: Positive = 0.1
     segment_size: Annotated[int, Field(ge=4096)] = 8 * 1024 * 1024
     max_size: Size | None = None
+    reserve: Annotated[float, Field(ge=0, lt=1)] = 0.05
     when_full: Literal["drop", "refuse"] = "drop"
     retain: Annotated[float, Field(ge=0)] = 86_400
     retain_size: Annotated[int, Field(ge=0)] = 1024**3
@@ -140,11 +141,13 @@ class LoggingSettings(_Section):
 
 
 class ValidationSettings(_Section):
-    """The test request of `validate`."""
+    """The test request of `validate`, and the front (https://...) that clients reach the gateway by."""
 
     gateway_urls: list[str] = []
     gateway_key_file: Path | None = None
     model: str | None = None
+    front_url: str | None = None
+    front_ca_file: Path | None = None
 
 
 class Settings(_Section):

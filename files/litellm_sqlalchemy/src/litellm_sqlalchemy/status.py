@@ -1,16 +1,23 @@
-"""What became of every frame: from the writer's memory, the segments themselves and, compared with both, the tables."""
+"""What became of every frame: from the writer's memory, the segments themselves and, compared with both, the tables.
 
+What is lost stays lost, and is told until somebody has taken note of it: `acknowledge` writes down what is known.
+"""
+
+import json
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from sqlalchemy import Connection, text
 
-from litellm_sqlalchemy.consumer import Cursor, last_sequence, producers, read_state
+from litellm_sqlalchemy.consumer import Cursor, read_state, sequences
 from litellm_sqlalchemy.database import connected
+from litellm_sqlalchemy.errors import SpoolError
 from litellm_sqlalchemy.settings import Settings
-from litellm_sqlalchemy.spool import open_directory, read_counters, segment_sizes
+from litellm_sqlalchemy.spool import open_directory, producers, read_counters, replace_file, segments, spool_size
 
+_ACKNOWLEDGED_FILE = "acknowledged.json"
 #: Seconds that the writer may take to note what it has committed.
 _NOTED_WITHIN = 5.0
 _POLL_INTERVAL = 0.1
@@ -38,6 +45,10 @@ class SpoolStatus:
     highest: dict[str, int]
     """Highest sequence number in the spool, by producer."""
 
+    def is_well(self, known: "Known") -> bool:
+        """Whether nothing is lost, or waits for a decision, beyond what is known."""
+        return not self.dead and self.damaged <= known.damaged and self.dropped <= known.dropped
+
     def __str__(self) -> str:
         """Return one line for people."""
         return (
@@ -47,32 +58,64 @@ class SpoolStatus:
 
 
 def spool_status(directory: Path) -> SpoolStatus:
-    """Read the spool; it may change meanwhile. Raises SpoolError."""
-    totals, cursors = read_state(open_directory(directory))
-    spooled = dropped = 0
+    """Read the spool, which may change meanwhile: what is delivered while it is read counts as delivered.
+
+    Raises SpoolError.
+    """
+    _, before = read_state(open_directory(directory))
+    seen = [_look(directory / "producers" / name, before.get(name)) for name in producers(directory)]
+    totals, cursors = read_state(directory)
+    left = set(producers(directory))
+    spooled, damaged, dropped = 0, totals.damaged, totals.dropped
     highest = {}
-    for producer in producers(directory):
-        cursor = cursors.get(producer, Cursor())
-        received = read_counters(directory / "producers" / producer).get("received", 0)  # before the frames
-        pending, last = last_sequence(directory, producer, cursor)
-        spooled += pending
-        dropped += max(received, last) - cursor.sequence - pending
-        highest[producer] = last
+    for producer in seen:
+        cursor = cursors.get(producer.name)
+        if cursor is None and producer.name not in left:
+            continue  # delivered meanwhile: the totals have it
+        delivered = cursor.sequence if cursor and cursor.sequence >= 0 else producer.before
+        waiting = sum(sequence > delivered for sequence in producer.sequences)
+        highest[producer.name] = max(producer.sequences, default=delivered)
+        spooled += waiting
+        missing = max(max(producer.received, highest[producer.name]) - delivered - waiting, 0)
+        if cursor and cursor.damaged:
+            damaged += max(missing, cursor.damaged)
+        else:
+            dropped += missing
     dead = sum(1 for _ in directory.glob("dead/*.json"))  # requeued ones have gone back to what is received
     delivered = totals.delivered_requests + totals.delivered_responses
     return SpoolStatus(
-        received=delivered + dead + totals.damaged + totals.dropped + dropped + spooled,
+        received=delivered + dead + damaged + dropped + spooled,
         delivered_requests=totals.delivered_requests,
         delivered_responses=totals.delivered_responses,
         duplicates=totals.duplicates,
         dead=dead,
-        damaged=totals.damaged,
-        dropped=totals.dropped + dropped,
+        damaged=damaged,
+        dropped=dropped,
         interrupted=totals.interrupted,
         spooled=spooled,
-        spool_bytes=sum(size for _file, size in segment_sizes(directory)),
+        spool_bytes=spool_size(directory),
         highest=highest,
     )
+
+
+class _Seen(NamedTuple):
+    """A producer's folder: frames that it wanted to write, those that stand there, the last one before those."""
+
+    name: str
+    received: int
+    sequences: set[int]
+    before: int
+
+
+def _look(folder: Path, cursor: Cursor | None) -> _Seen:
+    received = read_counters(folder).received  # before the frames
+    try:
+        numbers = [number for number, _file in segments(folder)]
+        found = set(sequences(folder, cursor or Cursor()))
+    except FileNotFoundError:  # all is delivered, and the producer gone
+        return _Seen(folder.name, received, set(), 0)
+    is_whole = cursor is not None or numbers[:1] == [1]
+    return _Seen(folder.name, received, found, 0 if is_whole else min(found, default=1) - 1)
 
 
 @dataclass(frozen=True)
@@ -90,19 +133,61 @@ class TablesStatus:
     missing: int
 
     @property
-    def agree(self) -> bool:
-        """Whether nothing is lost and nothing is there twice. Every response has its request: a foreign key says so."""
-        return self.responses == self.stored and not self.missing
+    def difference(self) -> int:
+        """Responses that were delivered and are not stored; below 0 where there are more than were delivered."""
+        return self.responses - self.stored
+
+    def agree(self, known: "Known") -> bool:
+        """Whether nothing is lost or there twice, beyond what is known; a foreign key keeps requests to responses."""
+        return self.difference == known.difference and not self.missing
 
     def __str__(self) -> str:
         """Return one line for people."""
-        if self.agree:
+        if not self.difference and not self.missing:
             return f"tables: all {self.stored} responses are stored, and the requests of {self.open} open calls"
         return (
             f"tables: {self.stored} responses are stored of {self.responses} that were delivered, "
             f"the requests of {self.missing} open calls are missing: after a restore run `litellm-sqlalchemy replay`; "
             "otherwise see whether `gateway.name` was changed, or another spool has the same"
         )
+
+
+@dataclass(frozen=True)
+class Known:
+    """Losses that an operator has acknowledged: frames damaged and dropped, and `TablesStatus.difference`."""
+
+    damaged: int = 0
+    dropped: int = 0
+    difference: int = 0
+
+    def __str__(self) -> str:
+        """Return one line for people."""
+        return f"acknowledged: damaged {self.damaged}, dropped {self.dropped}, {self.difference} responses not stored"
+
+
+def read_known(directory: Path) -> Known:
+    """Return what was acknowledged for a spool. Raises SpoolError."""
+    file = directory / _ACKNOWLEDGED_FILE
+    try:
+        return Known(**json.loads(file.read_bytes()))
+    except FileNotFoundError:
+        return Known()
+    except (OSError, ValueError, TypeError) as error:
+        raise SpoolError(f"{file} cannot be read ({error}): remove it, and run status --acknowledge again") from None
+
+
+def acknowledge(directory: Path, status: SpoolStatus, tables: TablesStatus | None) -> Known:
+    """Write down that somebody knows of what is lost; return it. Raises SpoolError.
+
+    Without `tables` what was known of them stays.
+    """
+    difference = tables.difference if tables else read_known(directory).difference
+    known = Known(status.damaged, status.dropped, difference)
+    try:
+        replace_file(directory / _ACKNOWLEDGED_FILE, json.dumps(asdict(known)).encode())
+    except OSError as error:
+        raise SpoolError(f"{directory / _ACKNOWLEDGED_FILE} cannot be written: {error.strerror}") from None
+    return known
 
 
 def tables_status(settings: Settings) -> TablesStatus:

@@ -3,10 +3,12 @@
 A batch goes by binary COPY straight into the tables, in one transaction. The primary keys are the gateway's own ids,
 so a batch that was delivered before - a crash or a lost connection between COMMIT and its confirmation - is refused as
 a whole (23505); then it goes again through staging tables with ON CONFLICT DO NOTHING. A batch with a row that
-PostgreSQL cannot hold is halved until that row stands alone: its neighbours land, it becomes a dead letter.
+PostgreSQL cannot hold is halved until that row stands alone: its neighbours land, it becomes a dead letter. A batch
+that takes longer than its time limit goes in smaller ones.
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,19 +18,22 @@ from sqlalchemy import Engine, text
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import DBAPIError
 
-from litellm_sqlalchemy.database import ErrorClass, classify, one_line, time_limit
+from litellm_sqlalchemy.database import ErrorClass, classify, one_line, sqlstate, time_limit
 from litellm_sqlalchemy.errors import SettingsError
 from litellm_sqlalchemy.frames import Frame, Kind
 from litellm_sqlalchemy.identifiers import uuid7
-from litellm_sqlalchemy.migrate import current, problem_of
+from litellm_sqlalchemy.migrate import schema_problem
 from litellm_sqlalchemy.records import TABLES, RowReader, TableCopy
 from litellm_sqlalchemy.redaction import REDACTION_VERSION
 
+#: What a database, or the way to it, raises; SettingsError: the credential file is gone or being replaced.
+_ERRORS = (DBAPIError, psycopg2.Error, SettingsError, OSError)
+_TIMEOUT = "57014"  # query_canceled: what `statement_timeout` ends with
 _DIALECT = postgresql.dialect()  # type: ignore[no-untyped-call]
 
 
 class Unavailable(Exception):
-    """The database cannot take the batch now; nothing of it is lost, nothing of it is stored."""
+    """The database cannot take the batch now; nothing of it is lost, and to deliver it again stores nothing twice."""
 
     def __init__(self, cause: ErrorClass, message: str) -> None:
         """Keep the error's class and its message."""
@@ -59,11 +64,23 @@ class Delivery:
 class Store:
     """Delivers frames through an engine."""
 
-    def __init__(self, engine: Engine, time_limit: float = 70) -> None:
-        """Take the engine whose login may insert, and the seconds after which a transaction is given up."""
+    def __init__(
+        self,
+        engine: Engine,
+        time_limit: float = 70,
+        before: Callable[[], None] = lambda: None,
+        committed: Callable[[float], None] = lambda _seconds: None,
+    ) -> None:
+        """Take the engine whose login may insert, and the seconds after which a transaction is given up.
+
+        `before` is called before each transaction and may raise, `committed` with the seconds of each COMMIT.
+        """
         self.engine = engine
         self._time_limit = time_limit
+        self._before = before
+        self._committed = committed
         self._tables_checked = False
+        self._at_once: int | None = None  # frames of a transaction, after one took too long
 
     def deliver(self, frames: list[Frame], *, give_up_on_unknown: bool = False) -> Delivery:
         """Store a batch; return when every frame is stored or known to be impossible. Raises Unavailable.
@@ -71,15 +88,34 @@ class Store:
         `give_up_on_unknown` treats an error of no known class as the row's fault.
         """
         self._tables_checked = False
-        return self._deliver(frames, give_up_on_unknown)
+        result, place = Delivery(), 0
+        while place < len(frames):
+            part = frames[place : place + (self._at_once or len(frames))]
+            started = time.monotonic()
+            try:
+                result += self._deliver(part, give_up_on_unknown)
+            except Unavailable as error:
+                seconds = time.monotonic() - started
+                if sqlstate(error.__cause__) == _TIMEOUT or seconds > self._time_limit / 2:
+                    self._at_once = max(len(part) // 2, 1)
+                raise
+            place += len(part)
+            if self._at_once and time.monotonic() - started < self._time_limit / 4:
+                self._at_once = 2 * self._at_once if 2 * self._at_once < len(frames) else None
+        return result
 
     def check_connection(self) -> None:
         """Raise Unavailable when the database cannot be asked."""
         try:
-            with self.engine.connect() as connection:
+            with time_limit(self.engine, self._time_limit), self.engine.connect() as connection:
                 connection.execute(text("SELECT 1"))
-        except (DBAPIError, psycopg2.Error, OSError) as error:
+        except _ERRORS as error:
             raise Unavailable(classify(error), one_line(error)) from error
+
+    def schema_problem(self) -> str:
+        """Return why the tables do not fit this version of the package, an empty text when they do or do not tell."""
+        with time_limit(self.engine, self._time_limit):
+            return schema_problem(self.engine)
 
     def _deliver(
         self, frames: list[Frame], give_up_on_unknown: bool, *, staged: bool = False, opaque: bool = False
@@ -88,9 +124,7 @@ class Store:
             return Delivery()
         try:
             return self._transaction(frames, staged, opaque)
-        except SettingsError as error:  # the credential file is gone or being replaced
-            raise Unavailable(ErrorClass.CREDENTIAL, str(error)) from error
-        except (DBAPIError, psycopg2.Error, OSError, OverflowError) as error:
+        except (*_ERRORS, OverflowError) as error:
             cause = classify(error)
             if cause is ErrorClass.DUPLICATE and not staged:
                 return self._deliver(frames, give_up_on_unknown, staged=True, opaque=opaque)
@@ -109,13 +143,11 @@ class Store:
         """Raise Unavailable where the tables take no row at all, which is no fault of the one that was refused."""
         if self._tables_checked:
             return
+        if problem := self.schema_problem():
+            raise Unavailable(ErrorClass.SCHEMA, problem)
         try:
-            with self.engine.connect() as connection:
-                problem = problem_of(current(connection))
-                if problem:
-                    raise Unavailable(ErrorClass.SCHEMA, problem)
             self._transaction(_plain_call(), staged=False, opaque=False, keep=False)
-        except (DBAPIError, psycopg2.Error, SettingsError, OSError) as error:
+        except _ERRORS as error:
             cause = classify(error)
             if cause in (ErrorClass.POISON, ErrorClass.UNKNOWN):
                 cause = ErrorClass.PAUSE
@@ -124,8 +156,10 @@ class Store:
 
     def _transaction(self, frames: list[Frame], staged: bool, opaque: bool, *, keep: bool = True) -> Delivery:
         """Insert the rows of the frames in one transaction, which is rolled back unless they are to be kept."""
+        self._before()
         result = Delivery()
-        with time_limit(self.engine, self._time_limit), self.engine.begin() as connection:
+        with time_limit(self.engine, self._time_limit), self.engine.connect() as connection:
+            transaction = connection.begin()
             cursor = connection.connection.cursor()
             for kind in Kind:  # requests before the responses that refer to them
                 of_kind = [frame for frame in frames if frame.kind is kind]
@@ -135,8 +169,10 @@ class Store:
                 inserted = (_insert_staged if staged else _copy)(cursor, TABLES[kind], reader)
                 dead = [DeadLetter(*misfit) for misfit in reader.misfits]
                 result += Delivery(inserted, len(of_kind) - len(dead) - inserted, dead)
-            if not keep:
-                connection.rollback()
+            if keep:
+                started = time.perf_counter()
+                transaction.commit()
+                self._committed(time.perf_counter() - started)
         return result
 
 
@@ -170,6 +206,6 @@ def _insert_staged(cursor: Any, table: TableCopy, rows: RowReader) -> int:
     _copy(cursor, table, rows, f"staged_{table.table.name}")
     cursor.execute(
         f"INSERT INTO {table.table.name} ({columns}) SELECT {columns} FROM staged_{table.table.name} "
-        "ON CONFLICT DO NOTHING"
+        "ON CONFLICT DO NOTHING"  # to name the key would take the right to read it
     )
     return int(cursor.rowcount)

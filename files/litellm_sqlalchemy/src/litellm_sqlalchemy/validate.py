@@ -1,5 +1,6 @@
 """Validation: checks that prove a deployment, each with a stable id, what was seen, and what to do when it fails."""
 
+import http.client
 import json
 import os
 import socket
@@ -7,6 +8,7 @@ import ssl
 import struct
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
@@ -19,19 +21,22 @@ import psycopg2
 from sqlalchemy import Connection, Engine, select, text
 from sqlalchemy.exc import DBAPIError
 
-from litellm_sqlalchemy.consumer import Cursor, producers, read_state
-from litellm_sqlalchemy.database import connection_arguments, make_engine, one_line
+from litellm_sqlalchemy.certificates import certificates, validity
+from litellm_sqlalchemy.consumer import Cursor, read_state
+from litellm_sqlalchemy.database import connection_arguments, make_engine, one_line, sqlstate
 from litellm_sqlalchemy.errors import LockedError, LogError
 from litellm_sqlalchemy.migrate import current, missing_privileges, problem_of
 from litellm_sqlalchemy.models import Request, Response
 from litellm_sqlalchemy.settings import Settings, read_key
-from litellm_sqlalchemy.spool import Lock, open_directory
-from litellm_sqlalchemy.status import spool_status
+from litellm_sqlalchemy.spool import Lock, open_directory, producers
+from litellm_sqlalchemy.status import read_known, spool_status
 
 #: The oldest server whose known CVEs are fixed (PostgreSQL 17.11), as `server_version_num` counts.
 MINIMUM_SERVER_VERSION = 170011
 #: Days before a certificate's end at which the check fails, time to act included.
 CERTIFICATE_DAYS = 14
+#: Days before the authority's end at which the check fails: certificates that it signs cannot be valid for longer.
+AUTHORITY_DAYS = 30
 #: Seconds until a call made through the gateway has to be in the tables.
 STORED_WITHIN = 5.0
 _SSL_REQUEST = struct.pack(">ii", 8, 80877103)  # PostgreSQL protocol 3.0, message SSLRequest
@@ -104,6 +109,8 @@ class Validation:
             ("database.plaintext_refused", self._plaintext_refused),
             ("database.scram", self._scram),
             ("database.certificate", self._certificate),
+            *([("certificates.authority", self._authority)] if self._settings.database.sslrootcert else []),
+            *([("certificates.clients", self._clients)] if self._settings.database.client_certificates else []),
             ("database.version", self._version),
             ("database.checksums", self._checksums),
             ("schema.head", self._schema),
@@ -114,6 +121,7 @@ class Validation:
             ("writer.running", self._writer_running),
             ("spool.drained", self._spool_drained),
             *((f"gateway.request[{url}]", lambda url=url: self._request(url)) for url in self._gateways()),
+            *([("gateway.front", self._front)] if self._settings.validation.front_url else []),
         ]
         with self._resources:
             for identifier, check in checks:
@@ -194,16 +202,53 @@ class Validation:
         return "SCRAM-SHA-256-PLUS: libpq insists on channel binding, which nothing else has"
 
     def _certificate(self) -> str:
-        begins, ends = self._certificate_dates()
-        now = datetime.now(UTC)
-        days = (ends - now).days
-        if begins > now:
-            raise CheckFailed(f"server certificate begins {begins:%Y-%m-%d %H:%M} UTC only", "check both clocks")
-        if ends < now:
-            raise CheckFailed(f"server certificate has ended, {ends:%Y-%m-%d %H:%M} UTC", "run `site.yml` to renew it")
-        if days < CERTIFICATE_DAYS:
-            raise CheckFailed(f"server certificate ends {ends:%Y-%m-%d}, in {days} days", "run `site.yml` to renew it")
-        return f"server certificate ends {ends:%Y-%m-%d}, in {days} days"
+        return _time_left("server certificate", self._certificate_dates(), "run `site.yml` to renew it")
+
+    def _authority(self) -> str:
+        """Look at what clients trust: while one authority replaces another there are two, and the newer one counts."""
+        file = self._settings.database.sslrootcert
+        found = certificates(file) if file else []
+        if not found:
+            raise CheckFailed(f"{file} holds no certificate", "run `site.yml`")
+        last = max(map(validity, found), key=lambda dates: dates[1])
+        return _time_left("authority", last, "ansible-playbook playbooks/rotate-secrets.yml --tags ca", AUTHORITY_DAYS)
+
+    def _clients(self) -> str:
+        directory = self._settings.database.client_certificates
+        files = sorted(directory.glob("*/client.crt")) if directory else []
+        if not files:
+            raise CheckFailed(f"{directory} holds no client certificate", "run `site.yml`")
+        dates = {file.parent.name: validity(certificates(file)[0]) for file in files}
+        for name, (begins, ends) in dates.items():
+            _time_left(f"certificate of {name}", (begins, ends), "run `site.yml` to renew it")
+        first, (_, ends) = min(dates.items(), key=lambda item: item[1][1])
+        return f"{len(dates)} client certificates, the first to end is that of {first}, {ends:%Y-%m-%d}"
+
+    def _front(self) -> str:
+        """Ask the front as clients do: by TLS 1.3, its certificate verified; an instance behind it has to be ready."""
+        validation = self._settings.validation
+        url = urllib.parse.urlsplit(validation.front_url or "")
+        host, port = url.hostname or "", url.port or 443
+        context = ssl.create_default_context(cafile=str(validation.front_ca_file) if validation.front_ca_file else None)
+        context.verify_flags |= _NO_CHECK_TIME
+        connection = http.client.HTTPSConnection(host, port, timeout=10, context=context)
+        try:
+            connection.connect()
+            version, dates = connection.sock.version(), validity(connection.sock.getpeercert(binary_form=True) or b"")
+            connection.request("GET", "/health/readiness")
+            status = connection.getresponse().status
+        except ssl.SSLCertVerificationError as error:
+            raise CheckFailed(f"certificate of {host}:{port}: {error.verify_message}", "run `site.yml`") from None
+        except (OSError, http.client.HTTPException) as error:
+            raise CheckFailed(f"{host}:{port}: {error}", "systemctl status haproxy") from None
+        finally:
+            connection.close()
+        if version != "TLSv1.3":
+            raise CheckFailed(f"{host}:{port} speaks {version}", "run `site.yml`")
+        seen = _time_left(f"certificate of {host}:{port}", dates, "run `site.yml` to renew it")
+        if status != http.client.OK:
+            raise CheckFailed(f"{host}:{port} answers {status}: no instance is ready", "systemctl status 'litellm@*'")
+        return f"{version}, an instance is ready; {seen}"
 
     def _certificate_dates(self) -> tuple[datetime, datetime]:
         """Return begin and end of the server's certificate, whose issuer and name are verified."""
@@ -216,14 +261,12 @@ class Validation:
                 raise CheckFailed("the server offers no TLS", "set ssl = on")
             try:
                 with context.wrap_socket(plain, server_hostname=database.host) as secure:
-                    certificate = secure.getpeercert() or {}
+                    return validity(secure.getpeercert(binary_form=True) or b"")
             except ssl.SSLCertVerificationError as error:
                 raise CheckFailed(
                     f"server certificate of {database.host}:{database.port}: {error.verify_message}",
                     f"run `site.yml`, or check it against `database.sslrootcert`, {database.sslrootcert}",
                 ) from None
-        begins, ends = (ssl.cert_time_to_seconds(str(certificate[name])) for name in ("notBefore", "notAfter"))
-        return datetime.fromtimestamp(begins, UTC), datetime.fromtimestamp(ends, UTC)
 
     def _version(self) -> str:
         with self._connect() as connection:
@@ -273,7 +316,7 @@ class Validation:
                     connection.execute(text("SET TRANSACTION READ WRITE"))
                     connection.execute(text(statement))
                 except DBAPIError as error:
-                    if getattr(error.orig, "pgcode", None) == _INSUFFICIENT_PRIVILEGE:
+                    if sqlstate(error) == _INSUFFICIENT_PRIVILEGE:
                         continue
                     raise CheckFailed(f"{statement!r}: {one_line(error)}", "litellm-sqlalchemy migrate") from None
                 finally:
@@ -312,15 +355,15 @@ class Validation:
         """Wait until nothing that was there at the start is left."""
         deadline = time.monotonic() + STORED_WITHIN
         directory = self._settings.spool.directory
-        goal = {name: spool_status(directory).highest.get(name, 0) for name in producers(directory)}
+        goal = spool_status(directory).highest
         while time.monotonic() < deadline:
             _totals, cursors = read_state(directory)
             alive = set(producers(directory))
             reached = {name: cursors.get(name, Cursor()).sequence for name in goal}
-            if all(name not in alive or reached[name] >= last for name, last in goal.items() if last):
+            if all(name not in alive or reached[name] >= last for name, last in goal.items()):
                 status = spool_status(directory)
-                if status.dead or status.dropped or status.damaged:
-                    raise CheckFailed(str(status), "litellm-sqlalchemy status")
+                if not status.is_well(read_known(directory)):
+                    raise CheckFailed(str(status), "litellm-sqlalchemy status; litellm-sqlalchemy dead-letters")
                 return str(status)
             time.sleep(0.1)
         raise CheckFailed(f"frames wait for more than {STORED_WITHIN:.0f} s", "litellm-sqlalchemy status")
@@ -366,6 +409,19 @@ class Validation:
             if row[2] == "full" and stored is not None and stored != sent:
                 raise CheckFailed(f"the stored {name} of call {call_id} differs from the one sent", "report it")
         return True
+
+
+def _time_left(what: str, dates: tuple[datetime, datetime], remedy: str, days_wanted: int = CERTIFICATE_DAYS) -> str:
+    """Say until when a certificate is valid; raises CheckFailed when that is not long enough."""
+    (begins, ends), now = dates, datetime.now(UTC)
+    days = (ends - now).days
+    if begins > now:
+        raise CheckFailed(f"{what} begins {begins:%Y-%m-%d %H:%M} UTC only", "check both clocks")
+    if ends < now:
+        raise CheckFailed(f"{what} has ended, {ends:%Y-%m-%d %H:%M} UTC", remedy)
+    if days < days_wanted:
+        raise CheckFailed(f"{what} ends {ends:%Y-%m-%d}, in {days} days", remedy)
+    return f"{what} ends {ends:%Y-%m-%d}, in {days} days"
 
 
 def _run(identifier: str, check: Callable[[], str]) -> Result:

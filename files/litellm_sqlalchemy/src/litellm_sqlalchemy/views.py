@@ -1,23 +1,38 @@
-"""The view `calls`: what the readers select from the tables, for people who use SQL.
+"""The views: what the readers select from the tables, for people who use SQL.
 
-It is the very select that `queries` builds on. Migrations hold it as text, because a migration must not change when the
-code does; a test compares the two.
+They are the very selects that `queries` builds on. Migrations hold them as text, because a migration must not change
+when the code does; a test compares the two.
 """
 
 from typing import Any
 
-from sqlalchemy import Connection, Label, MetaData, Select, event, func, select, text
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    Connection,
+    Date,
+    Float,
+    Label,
+    MetaData,
+    Select,
+    cast,
+    event,
+    func,
+    literal_column,
+    select,
+    text,
+)
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.orm import InstrumentedAttribute
 
-from litellm_sqlalchemy.models import Base, Request, Response
+from litellm_sqlalchemy.models import Base, DailyUsage, Request, Response
 
 #: Columns of a call, without its payloads: those of the request, then those of the response.
 _REQUEST = (
     Request.id, Request.created_at, Request.gateway, Request.origin, Request.calls, Request.call_id, Request.trace_id,
     Request.session_id, Request.method, Request.endpoint, Request.call_type, Request.model, Request.stream,
     Request.key_hash, Request.key_alias, Request.user_id, Request.team_id, Request.organization_id, Request.end_user,
-    Request.tags, Request.client_address, Request.user_agent,
+    Request.tags, Request.client_address, Request.user_agent, Request.headers,
 )  # fmt: skip
 _RESPONSE = (
     Response.status_code, Response.error_type, Response.error_code, Response.error_message, Response.provider,
@@ -47,8 +62,52 @@ def calls_view() -> Select[Any]:
     return select(*call_columns()).select_from(Request).outerjoin(Response, Response.request_id == Request.id)
 
 
+def call_day() -> ColumnElement[Any]:
+    """Return the day (UTC) that a call came in."""
+    return cast(func.timezone(literal_column("'UTC'"), Request.created_at), Date)
+
+
+def key_name(calls: type[Request] | type[DailyUsage]) -> ColumnElement[Any]:
+    """Return what people know a key by: its alias, where it has one."""
+    return func.coalesce(calls.key_alias, calls.key_hash)
+
+
+def usage_view() -> Select[Any]:
+    """Return the definition of the view `usage`: sums of finished calls, by all that they are kept by."""
+    usage = DailyUsage
+    return select(
+        usage.day, usage.gateway, usage.endpoint, usage.model, usage.served_model, usage.provider,
+        key_name(usage).label("key"), usage.user_id, usage.team_id, usage.calls, usage.failures, usage.prompt_tokens,
+        usage.completion_tokens, usage.total_tokens, cast(usage.cost, Float(53)).label("cost"),
+    )  # fmt: skip
+
+
+#: What failures are counted by.
+ERROR_DIMENSIONS = (Request.model, Response.status, Response.error_type, Response.error_code)
+
+
+def count_errors(*dimensions: Any) -> Select[Any]:
+    """Return how many calls have not succeeded, and when the last of them came in, by dimensions."""
+    return (
+        select(
+            *dimensions,
+            cast(func.sum(Request.calls), BigInteger).label("calls"),
+            func.max(Request.created_at).label("last_at"),
+        )
+        .select_from(Response)
+        .join(Request, Response.request_id == Request.id)
+        .where(Response.status != "success")
+        .group_by(*dimensions)
+    )
+
+
+def errors_view() -> Select[Any]:
+    """Return the definition of the view `errors`."""
+    return count_errors(call_day().label("day"), *ERROR_DIMENSIONS)
+
+
 #: The views by name.
-VIEWS = {"calls": calls_view}
+VIEWS = {"calls": calls_view, "usage": usage_view, "errors": errors_view}
 
 
 def create_statements() -> list[str]:

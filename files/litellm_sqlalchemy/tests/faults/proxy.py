@@ -89,7 +89,7 @@ class FaultProxy:
         self._writers -= {writer, back}
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, answers: bool) -> None:
-        with contextlib.suppress(OSError):
+        try:
             while data := await reader.read(self.toxics.slice or 65536):
                 if self.toxics.latency:
                     await asyncio.sleep(self.toxics.latency)
@@ -102,6 +102,9 @@ class FaultProxy:
                     return
                 writer.write(data)
                 await writer.drain()
+        except OSError:
+            pass  # a client that was killed: its transaction must end with it, or its successor waits for the locks
+        finally:
             writer.close()
 
     def _call(self, coroutine: Any) -> None:

@@ -18,7 +18,7 @@ from support.gateway_fixtures import (  # noqa: F401 - fixtures
 )
 from support.harness import Harness
 from support.postgresql import Database, Server
-from support.processes import Deployment, WriterProcess
+from support.processes import OTHER, Deployment, WriterProcess
 
 from litellm_sqlalchemy.migrate import migrate
 
@@ -85,6 +85,18 @@ def harness(server: Server, database: Database, deployment: Deployment, writer: 
     result = Harness(server, database, deployment, writer)
     yield result
     result.close()
+
+
+@pytest.fixture
+def others_deployment(server: Server, database: Database) -> Iterator[Deployment]:
+    """A deployment whose writer is not root: files of the user `OTHER`, in a place that everybody gets at."""
+    with tempfile.TemporaryDirectory(prefix="deployment-", dir="/var/tmp") as directory:
+        Path(directory).chmod(0o755)
+        certificate = shutil.copy(server.certificate, Path(directory) / "ca.crt")
+        deployment = Deployment.create(Path(directory), server, database.name)
+        deployment.update(database={"sslrootcert": str(certificate)})
+        deployment.give_to(OTHER)
+        yield deployment
 
 
 @pytest.fixture

@@ -4,11 +4,9 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from psycopg2.extras import RealDictCursor
-from support.cases import CASES, Case, differences, table
+from support.cases import CASES, Case, Row, differences, rows, table
 from support.clients import Clients
 from support.gateway import Gateway
 from support.postgresql import Database
@@ -20,20 +18,6 @@ from litellm_sqlalchemy.identifiers import time_of
 DOCUMENT = Path(__file__).parents[4] / "docs" / "calls.md"
 #: Columns that identify a row or say when it was made: checked by rules of their own.
 _IDENTITY = ("id", "request_id", "created_at", "gateway", "call_id")
-
-Row = dict[str, Any]
-
-
-def rows(database: Database, call_id: str) -> tuple[list[Row], list[Row]]:
-    """Return the request and the response rows of a call id."""
-    with database.server.connection(database.name) as connection:
-        cursor = connection.cursor(cursor_factory=RealDictCursor)
-        cursor.execute("SELECT * FROM requests WHERE call_id = %s", (call_id,))
-        requests = [dict(row) for row in cursor.fetchall()]
-        cursor.execute(
-            "SELECT * FROM responses WHERE request_id IN (SELECT id FROM requests WHERE call_id = %s)", (call_id,)
-        )
-        return requests, [dict(row) for row in cursor.fetchall()]
 
 
 def check(case: Case, gateway: Gateway, database: Database, clients: Clients, began: float) -> None:

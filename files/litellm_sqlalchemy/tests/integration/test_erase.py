@@ -14,8 +14,8 @@ from support.waiting import wait_until
 from litellm_sqlalchemy.erase import erase
 from litellm_sqlalchemy.frames import Kind
 from litellm_sqlalchemy.identifiers import uuid7
+from litellm_sqlalchemy.producer import Producer
 from litellm_sqlalchemy.replay import replay
-from litellm_sqlalchemy.spool import Producer
 from litellm_sqlalchemy.status import spool_status
 
 #: A text that only the user's own records hold.

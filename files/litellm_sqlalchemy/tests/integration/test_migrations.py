@@ -6,11 +6,12 @@ import psycopg2
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from support.postgresql import Database, Server
 from support.processes import Deployment
 
 from litellm_sqlalchemy.database import connected
-from litellm_sqlalchemy.migrate import PRIVILEGES
+from litellm_sqlalchemy.migrate import PRIVILEGES, config, head, revisions
 from litellm_sqlalchemy.models import Base
 
 
@@ -27,6 +28,12 @@ def test_models_are_what_the_migrations_make(deployment: Deployment) -> None:
 def test_control_a_column_too_many_is_seen(deployment: Deployment, database: Database) -> None:
     database.execute("ALTER TABLE requests ADD COLUMN stray text", "DROP INDEX ix_requests_call_id")
     assert len(_difference(deployment)) == 2
+
+
+def test_the_revisions_are_those_that_alembic_walks() -> None:
+    scripts = ScriptDirectory.from_config(config())
+    assert revisions() == [script.revision for script in scripts.walk_revisions()][::-1]
+    assert head() == scripts.get_current_head()
 
 
 def test_privileges_are_exact(database: Database) -> None:

@@ -177,9 +177,39 @@ def test_errors(reader: Connection) -> None:
     ]  # fmt: skip
 
 
-def test_view_equals_query(reader: Connection) -> None:
-    calls = [dict(row) for row in reader.execute(text("SELECT * FROM calls ORDER BY id DESC")).mappings()]
-    assert calls == queries.last_calls(reader, Selection())
+def test_views_equal_queries(reader: Connection) -> None:
+    def rows(statement: str) -> list[dict[str, Any]]:
+        return [dict(row) for row in reader.execute(text(statement)).mappings()]
+
+    assert rows("SELECT * FROM calls ORDER BY id DESC") == queries.last_calls(reader, Selection())
+    sums = "sum(calls) AS calls, sum(failures) AS failures, sum(total_tokens) AS total_tokens, sum(cost) AS cost"
+    found = rows(f"SELECT day, model, key, {sums} FROM usage GROUP BY day, model, key ORDER BY day, model, key")
+    expected = queries.totals(reader, ["day", "model", "key"], Selection())
+    assert found == [{name: row[name] for name in found[0]} for row in expected]
+    found = rows("SELECT error_type, sum(calls) AS calls FROM errors GROUP BY 1 ORDER BY 1")
+    by_type: dict[str | None, int] = {}
+    for row in queries.errors(reader, Selection()):
+        by_type[row["error_type"]] = by_type.get(row["error_type"], 0) + row["calls"]
+    assert {row["error_type"]: row["calls"] for row in found} == by_type
+
+
+def test_verb_errors(filled: Deployment) -> None:
+    day = ("--since", "2026-03-10", "--until", "2026-03-11")
+    assert _json(filled, "errors", *day)[0].items() >= {"error_type": "BadKey", "calls": 5}.items()
+    header, first, *_ = filled.run("errors", *day).stdout.splitlines()
+    assert header.split() == ["model", "status", "error_type", "error_code", "calls", "last_at"]
+    assert "BadKey" in first
+
+
+def test_readers_of_another_schema(filled: Deployment, database: Database) -> None:
+    """One line that says what to do, whoever is newer."""
+    database.execute("ALTER TABLE daily_usage RENAME TO other", "ALTER TABLE requests RENAME COLUMN model TO other")
+    for revision, remedy in (("0003", "run `litellm-sqlalchemy migrate`"), ("ffff", "install a newer")):
+        database.execute(f"UPDATE alembic_version SET version_num = '{revision}'")
+        for arguments in (["calls"], ["call", "first"], ["usage"], ["status"]):
+            done = filled.run(*arguments)
+            assert (done.returncode, done.stderr.count("\n")) == (5, 1), (arguments, done.stderr)
+            assert remedy in done.stderr
 
 
 _CATALOGUE = """
@@ -239,11 +269,14 @@ def test_indexes_are_used_without_their_names(reader: Connection) -> None:
             _literal(queries.last_calls_query(Selection(key=_KEY), 10)),
             _literal(queries.last_calls_query(Selection(model="small"), 10)),
             "SELECT * FROM calls WHERE call_id = 'first'",
+            _literal(queries.last_calls_query(Selection(team="large"), 10)),
         )
     ]
     assert "ix_requests_key_prefix_created_at" in str(plans[0])
     assert "ix_requests_model_hash_created_at" in str(plans[1])
     assert "ix_requests_call_id" in str(plans[2])
+    assert "pk_requests" in str(plans[3])
+    assert "Sort" not in str(plans[3]), "a team has no index: its calls are met on the way back in time"
 
 
 def _literal(query: Any) -> str:

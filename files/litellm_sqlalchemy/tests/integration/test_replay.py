@@ -4,15 +4,18 @@ import time
 from datetime import UTC, datetime
 
 import pytest
+from support.oracle import check
 from support.postgresql import Database
 from support.processes import Deployment, WriterProcess
-from support.records import Ledger
+from support.records import BODY, Ledger, request, response
 from support.waiting import wait_until
 
 from litellm_sqlalchemy import cli
 from litellm_sqlalchemy.errors import ExitCode
+from litellm_sqlalchemy.frames import Kind
+from litellm_sqlalchemy.identifiers import uuid7
+from litellm_sqlalchemy.producer import Producer
 from litellm_sqlalchemy.replay import replay
-from litellm_sqlalchemy.spool import Producer
 from litellm_sqlalchemy.status import spool_status
 
 CALLS = 30
@@ -52,11 +55,40 @@ def test_a_time_without_a_zone_is_a_usage_error(deployment: Deployment) -> None:
     assert ending.value.code == ExitCode.USAGE
 
 
-def test_replay_says_that_the_window_is_shorter(
-    deployment: Deployment, database: Database, capsys: pytest.CaptureFixture[str]
+def test_replay_says_that_the_window_is_shorter(deployment: Deployment, writer: WriterProcess) -> None:
+    """What was removed by age or size may be missing, and only that."""
+    deployment.update(spool={"segment_size": 4096, "retain_size": 0})
+    since = datetime.now(UTC).isoformat()
+    Producer(deployment.load().spool).close()
+    assert deployment.run("replay", "--since", since).stderr == ""
+    writer.start()
+    producer = Producer(deployment.load().spool)
+    _delivered(deployment, producer, Ledger())
+    producer.close()
+    wait_until(lambda: not list((deployment.spool / "producers").iterdir()), "the producer's folder is removed")
+    assert writer.stop() == 0
+    writer.start()  # which looks for what is too much
+    wait_until(lambda: "spool.retain" in deployment.run("replay", "--since", since).stderr, "it says so")
+
+
+def test_a_call_that_ran_while_the_database_went_back(
+    deployment: Deployment, database: Database, writer: WriterProcess
 ) -> None:
-    since = datetime(2020, 1, 1, tzinfo=UTC).isoformat()
-    assert cli.main(["replay", "--settings", str(deployment.file), "--since", since]) == ExitCode.OK
-    shown = capsys.readouterr()
-    assert "replayed 0 frames" in shown.out
-    assert "spool.retain" in shown.err
+    """Its request is gone when the response comes: replay brings back both and leaves no dead letter."""
+    writer.start()
+    producer, ledger, since = Producer(deployment.load().spool), Ledger(), time.time()
+    ledger.send(producer, CALLS)
+    call = uuid7().hex
+    ledger.append(producer, Kind.REQUEST, call, request(call), BODY)
+    wait_until(lambda: spool_status(deployment.spool).delivered_requests == CALLS + 1, "the request is delivered")
+    database.execute("TRUNCATE requests, responses, daily_usage")
+    ledger.append(producer, Kind.RESPONSE, call, response(call), BODY)
+    wait_until(lambda: spool_status(deployment.spool).dead == 1, "the response is refused")
+    moment = datetime.fromtimestamp(since, UTC).isoformat()
+    done = deployment.run("replay", "--since", moment)
+    assert (done.returncode, "1 dead letters have their request again" in done.stdout) == (0, True)
+    wait_until(lambda: spool_status(deployment.spool).delivered_responses == CALLS + 1, "it is delivered again")
+    wait_until(lambda: deployment.run("status").returncode == 0, "counters and tables agree")
+    assert database.query("SELECT status FROM responses WHERE request_id = %s", call) == [("success",)]
+    check(ledger, database, deployment.spool)
+    producer.close()

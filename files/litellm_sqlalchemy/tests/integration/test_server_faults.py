@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
 from faults.disks import file_system, full_disk
 from faults.network import far_side
 from faults.pages import damaged_page, last_page
@@ -107,7 +106,6 @@ def test_archiving_fails(tmp_path: Path) -> None:  # F17
             harness.settled()
 
 
-@pytest.mark.timeout(300)
 def test_a_damaged_page_costs_the_calls_that_need_it_and_no_other(harness: Harness) -> None:  # F20
     harness.writer.start()
     call = harness.begin()
@@ -131,7 +129,6 @@ def test_a_damaged_page_costs_the_calls_that_need_it_and_no_other(harness: Harne
     harness.settled()
 
 
-@pytest.mark.timeout(300)
 def test_a_damaged_page_that_new_rows_need_condemns_none(harness: Harness) -> None:  # F20
     harness.writer.start()
     harness.send(100)
@@ -143,7 +140,6 @@ def test_a_damaged_page_that_new_rows_need_condemns_none(harness: Harness) -> No
     harness.settled()
 
 
-@pytest.mark.timeout(480)
 def test_network_loses_a_third_of_its_packets(tmp_path: Path) -> None:  # F26
     with far_side() as far, _place() as place:
         server = Server(place, address=far.address, prefix=far.prefix)

@@ -1,11 +1,14 @@
 """A soak: random faults at once, for as many events as the command line says, and the invariants at its end.
 
-Beside the events, which are driven at the spool, clients make real calls to a real gateway with the same database.
+The events are driven at the callback, which takes thousands of calls a second where LiteLLM takes some ten. Beside them
+clients make real calls to a real gateway with the same server.
 
 pytest tests/integration/test_soak.py --events 1000000 --seed 7
 """
 
+import contextlib
 import random
+import secrets
 import subprocess
 import threading
 import time
@@ -16,6 +19,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from faults.disks import file_system
 from faults.proxy import FaultProxy, Toxics, fault_proxy
 from faults.syscalls import python
 from support.gateway import Gateway
@@ -23,23 +27,24 @@ from support.keys import USER_KEY
 from support.oracle import check
 from support.postgresql import Database, Server
 from support.processes import Deployment, WriterProcess
-from support.records import Ledger
+from support.records import Ledger, NotingProducer, make_calls
 from support.send import read_ledger
 from support.waiting import wait_until
 
-from litellm_sqlalchemy.spool import Producer
+from litellm_sqlalchemy.recorder import Recorder
 from litellm_sqlalchemy.status import spool_status
 
 _CALLS_AT_ONCE = 250
 _CLIENTS = 8
+_REAL_CALLS = 2000
 
 
 @pytest.fixture
 def proxy(server: Server, deployment: Deployment) -> Iterator[FaultProxy]:
-    """A proxy that the deployment's settings point at."""
-    with fault_proxy(server.port) as proxy:
-        deployment.update(database={"port": proxy.port, "connect_timeout": 2}, spool={"segment_size": 1024 * 1024})
-        deployment.update(writer={"statement_timeout": 5})
+    """A proxy that the deployment's settings point at; the spool is on a disk that can be filled."""
+    with fault_proxy(server.port) as proxy, file_system(1024) as disk:
+        deployment.update(database={"port": proxy.port, "connect_timeout": 2}, writer={"statement_timeout": 5})
+        deployment.update(spool={"directory": str(disk), "segment_size": 1024 * 1024, "retain": 10, "reserve": 0})
         yield proxy
 
 
@@ -50,6 +55,7 @@ class Faults:
         self.server, self.deployment, self.proxy, self.writer = server, deployment, proxy, writer
         self.seen: dict[str, int] = {}
         self.senders: list[tuple[subprocess.Popen[bytes], Path]] = []
+        self.ballast = deployment.spool / "ballast"
 
     def inject(self, source: random.Random) -> None:
         """Do one of them."""
@@ -57,7 +63,9 @@ class Faults:
             self.reset, self.reset, self.reset, self.slow, self.mend, self.mend, self.partition,
             self.kill_writer, self.stop_writer, self.restart_server,
             self.kill_server, self.kill_gateway, self.kill_gateway, self.terminate_backends,
+            self.fill_disk, self.rotate_password, self.requeue,
         ]  # fmt: skip
+        self.ballast.unlink(missing_ok=True)
         fault = source.choice(faults)
         self.seen[fault.__name__] = self.seen.get(fault.__name__, 0) + 1
         fault()
@@ -92,6 +100,20 @@ class Faults:
     def terminate_backends(self) -> None:
         self.server.query("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'litellm_writer_a'")
 
+    def fill_disk(self) -> None:
+        with self.ballast.open("wb") as ballast, contextlib.suppress(OSError):
+            while True:
+                ballast.write(bytes(1024 * 1024))
+                ballast.flush()
+
+    def rotate_password(self) -> None:
+        password = secrets.token_hex(8)
+        self.server.execute(f"ALTER ROLE litellm_writer_a PASSWORD '{password}'")
+        self.deployment.write_credential("writer", password)
+
+    def requeue(self) -> None:
+        assert self.deployment.run("dead-letters", "requeue").returncode in (0, 6), "6: nothing can be written now"
+
     def kill_gateway(self) -> None:
         """Kill the sender that runs, and start another one."""
         if self.senders:
@@ -104,6 +126,9 @@ class Faults:
     def end(self) -> list[Ledger]:
         """Mend all; return what the killed senders have noted."""
         self.mend()
+        self.ballast.unlink(missing_ok=True)
+        self.server.execute(f"ALTER ROLE litellm_writer_a PASSWORD '{self.server.passwords['writer']}'")
+        self.deployment.write_credential("writer", self.server.passwords["writer"])
         for process, _ in self.senders:
             process.kill()
             process.wait(10)
@@ -142,47 +167,61 @@ class RealCalls:
                 (self.ids if answer.status_code == 200 else self.failed).append(call_id)
 
 
+def _odd(database: Database, *, refused: bool) -> None:
+    """Let the tables refuse calls of a model, or take them again."""
+    change = "ADD CONSTRAINT no_odd CHECK (model <> 'odd')" if refused else "DROP CONSTRAINT no_odd"
+    database.execute(f"ALTER TABLE requests {change}")
+
+
 @pytest.mark.timeout(3600)
 def test_soak(
     pytestconfig: pytest.Config, server: Server, database: Database, deployment: Deployment, proxy: FaultProxy,
     writer: WriterProcess, gateway: Gateway, gateway_database: Database,
 ) -> None:  # fmt: skip
     events, seed = pytestconfig.getoption("--events"), pytestconfig.getoption("--seed")
-    source = random.Random(seed)
+    source, ledger, settings = random.Random(seed), Ledger(), deployment.load()
     faults = Faults(server, deployment, proxy, writer)
-    producers = [Producer(deployment.load().spool) for _ in range(3)]
-    ledger = Ledger()
+    recorders = [Recorder(settings, NotingProducer(settings.spool, ledger)) for _ in range(3)]
     real = RealCalls(gateway)
+    _odd(database, refused=True)
     writer.start()
-    started, rounds = time.monotonic(), 0
+    started, rounds, peak = time.monotonic(), 0, 0.0
     while ledger.received < events:
-        for producer in producers:
-            ledger.send(producer, _CALLS_AT_ONCE)
+        for recorder in recorders:
+            make_calls(recorder, _CALLS_AT_ONCE)
+        make_calls(source.choice(recorders), 1, model="odd")
         rounds += 1
+        peak = max(peak, writer.resident_megabytes())
         if rounds % 3 == 0:
             faults.inject(source)
         if source.random() < 0.05:
-            producers.pop(0).close()
-            producers.append(Producer(deployment.load().spool))
-    for producer in producers:
-        producer.close()
+            recorders.pop(0).producer.close()
+            recorders.append(Recorder(settings, NotingProducer(settings.spool, ledger)))
+    for recorder in recorders:
+        recorder.producer.close()
     ledger.merge(faults.end())
-    real.end(enough=2000, seconds=60)
     writer.kill()
     writer.start()
     healed = time.monotonic()
     wait_until(lambda: spool_status(deployment.spool).spooled == 0, "drained after healing", 60 + events / 2000, 0.5)
+    drained = time.monotonic() - healed
+    real.end(enough=_REAL_CALLS, seconds=600)
+    _odd(database, refused=False)
+    dead = check(ledger, database, deployment.spool, killed=True).dead
+    assert deployment.run("dead-letters", "requeue").stdout == f"{dead} dead letters requeued\n"
     wait_until(lambda: not list((deployment.spool / "producers").iterdir()), "ended producers leave nothing", 60)
     status = check(ledger, database, deployment.spool, killed=True)
     assert real.failed == []
-    assert len(real.ids) > 100
+    assert len(real.ids) >= _REAL_CALLS
     found = "SELECT call_id FROM requests JOIN responses ON request_id = id WHERE call_id LIKE 'soak-%'"
     wait_until(lambda: len(gateway_database.query(found)) >= len(real.ids), "the real calls are stored", 60, 0.5)
     assert sorted(call for (call,) in gateway_database.query(found)) == sorted(real.ids)
     print(
-        f"\n{status.received} events and {len(real.ids)} real calls in {healed - started:.0f} s, "
-        f"drained {time.monotonic() - healed:.0f} s after, {status.duplicates} delivered again, "
-        f"{status.interrupted} interrupted, faults {faults.seen}, seed {seed}"
+        f"\n{status.received} events, {len(real.ids)} real calls, {healed - started:.0f} s, drained {drained:.0f} s "
+        f"after, {status.duplicates} delivered again, {status.interrupted} interrupted, {dead} dead and requeued, "
+        f"{status.dropped} dropped on a full disk, writer {peak:.0f} MB, faults {faults.seen}, seed {seed}"
     )
     assert (status.spooled, status.dead, status.damaged) == (0, 0, 0), f"seed {seed}"
-    assert status.dropped == ledger.dropped == 0
+    assert 0 <= status.dropped - ledger.dropped <= len(faults.senders), "a killed sender may not have noted its last"
+    assert peak <= 80
+    assert dead > 0

@@ -4,26 +4,28 @@ import base64
 import json
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from typing import Any
 
 import orjson
 import psycopg2
 import pytest
-from faults.proxy import FaultProxy, fault_proxy
+from faults.proxy import FaultProxy, Toxics, fault_proxy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import Engine, event
 from support.postgresql import Database, Server
 from support.processes import Deployment
 from support.records import pairs, request, response
+from support.waiting import wait_until
 
 from litellm_sqlalchemy.database import ErrorClass, make_engine
 from litellm_sqlalchemy.frames import Frame, Kind
 from litellm_sqlalchemy.identifiers import uuid7
 from litellm_sqlalchemy.models import Request, Response
 from litellm_sqlalchemy.records import TABLES, encode_payload
-from litellm_sqlalchemy.store import Store, Unavailable
+from litellm_sqlalchemy.store import Delivery, Store, Unavailable
 
 
 @pytest.fixture
@@ -158,6 +160,53 @@ def test_many_poison_rows(store: Store, database: Database) -> None:
     assert _counts(database) == (90, 90)
 
 
+def test_a_batch_of_poison_rows_can_be_left(engine: Engine, database: Database) -> None:
+    """It takes many transactions: before each, the writer tells that it lives, and may be told to stop."""
+    left = 60
+
+    def before() -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise KeyboardInterrupt
+
+    store = Store(engine, before=before)
+    frames = [frame._replace(metadata=request(uuid7().hex, model="\0")) for frame in pairs(50)[::2]] + pairs(20)
+    with pytest.raises(KeyboardInterrupt):
+        store.deliver(frames)
+    delivery = store.deliver(frames)
+    assert (len(delivery.dead), delivery.inserted + delivery.duplicates) == (50, 40)
+    assert left < -100
+    assert _counts(database) == (20, 20)
+
+
+def _tried(store: Store, frames: list[Frame]) -> Delivery | None:
+    """Deliver; return None where the database was not there in time."""
+    try:
+        return store.deliver(frames)
+    except Unavailable as error:
+        if error.cause is not ErrorClass.RETRY:
+            raise
+        return None
+
+
+def test_a_batch_that_takes_too_long_goes_in_parts(
+    proxy: FaultProxy, deployment: Deployment, database: Database
+) -> None:
+    """At 100 kB/s and a time limit of 1.5 s no transaction may have more than some 100 KB."""
+    engine = make_engine(deployment.load().database, "writer", "test", statement_timeout=1)
+    store, frames, tries = Store(engine, 1.5), pairs(60, b'"' + os.urandom(2500).hex().encode() + b'"'), 0
+    proxy.toxics = Toxics(bandwidth=100_000, slice=8192)
+    while (delivery := _tried(store, frames)) is None:
+        tries += 1
+        assert tries < 20
+    assert delivery.inserted + delivery.duplicates == 120
+    assert _counts(database) == (60, 60)
+    proxy.toxics = Toxics()
+    assert [store.deliver(pairs(60)).inserted for _ in range(3)] == [120] * 3
+    engine.dispose()
+
+
 def test_a_response_without_its_request_dies_alone(store: Store, database: Database) -> None:
     frames = pairs(3)
     delivery = store.deliver(frames[1:])
@@ -283,6 +332,34 @@ def test_floats_and_json_columns(value: float, text: str, store: Store, database
     assert (cost, float(stored[0]["duration_ms"])) == (text, value)
 
 
+def test_texts_in_json_columns_that_jsonb_refuses(store: Store, database: Database) -> None:
+    call = uuid7().hex
+    reports = [{"quoted\0": "a\0\0b", "escaped": "\\u0000 \\\0"}]
+    frames = [
+        Frame(Kind.REQUEST, 1, request(call, headers={"x": "\0"}), b""),
+        Frame(Kind.RESPONSE, 2, response(call, guardrails=reports), b""),
+    ]
+    assert store.deliver(frames).inserted == 2
+    [(headers, guardrails)] = database.query(
+        "SELECT headers, guardrails FROM requests JOIN responses ON id = request_id"
+    )
+    assert headers == {"x": "\ufffd"}
+    assert guardrails == [{"quoted\ufffd": "a\ufffd\ufffdb", "escaped": "\\u0000 \\\ufffd"}]
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(reports=st.lists(JSON, min_size=1, max_size=8), payloads=st.lists(SHAPES, min_size=1, max_size=8))
+def test_whatever_a_call_holds_is_stored(reports: list[Any], payloads: list[bytes], store: Store) -> None:
+    """Guardrails' reports and payloads of any shape, in one batch with plain calls: none is refused."""
+    frames = pairs(2)
+    for report, payload in zip(reports, payloads, strict=False):
+        call = uuid7().hex
+        frames.append(Frame(Kind.REQUEST, len(frames) + 1, request(call), payload))
+        frames.append(Frame(Kind.RESPONSE, len(frames) + 1, response(call, guardrails=[report]), payload))
+    delivery = store.deliver(frames)
+    assert (delivery.inserted, delivery.dead) == (len(frames), [])
+
+
 def test_every_column_has_an_encoder() -> None:
     for model in (Request, Response):
         table = next(copy for copy in TABLES.values() if copy.table is model.__table__)
@@ -303,6 +380,23 @@ def test_error_of_no_known_class_is_not_poison_at_once(store: Store, database: D
     assert caught.value.cause is ErrorClass.UNKNOWN
     delivery = store.deliver(batch, give_up_on_unknown=True)
     assert (delivery.inserted, len(delivery.dead)) == (8, 1)
+
+
+def test_a_real_deadlock_is_tried_again(store: Store, database: Database) -> None:  # F14
+    """The writer waits for sums that another transaction has locked, which then waits for the writer's table."""
+    store.deliver(pairs(1))
+    with database.server.connection(database.name) as other, ThreadPoolExecutor(1) as pool:
+        cursor = other.cursor()
+        cursor.execute("BEGIN; SET deadlock_timeout = '1min'; SELECT FROM daily_usage FOR UPDATE")
+        delivering = pool.submit(store.deliver, pairs(1))
+        waiting = "SELECT 1 FROM pg_stat_activity WHERE usename = 'litellm_writer_a' AND wait_event_type = 'Lock'"
+        wait_until(lambda: database.query(waiting), "the writer waits for the other")
+        cursor.execute("LOCK TABLE responses IN EXCLUSIVE MODE")  # until the writer finds the deadlock, after 1 s
+        other.rollback()
+        with pytest.raises(Unavailable) as caught:
+            delivering.result(20)
+    assert (caught.value.cause, "40P01" in str(caught.value)) == (ErrorClass.RETRY, True)
+    assert store.deliver(pairs(1)).inserted == 2
 
 
 def test_deadlock_or_serialization_failure_is_tried_again(store: Store, database: Database) -> None:  # F14

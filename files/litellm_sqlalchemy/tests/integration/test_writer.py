@@ -17,11 +17,11 @@ import psycopg2
 import pytest
 from faults.proxy import FaultProxy, Toxics, fault_proxy
 from support.harness import Harness
-from support.postgresql import Server
-from support.processes import Deployment
+from support.postgresql import Database, Server
+from support.processes import OTHER, Deployment, WriterProcess
 from support.waiting import wait_until
 
-from litellm_sqlalchemy.spool import Producer
+from litellm_sqlalchemy.producer import Producer
 
 
 @pytest.fixture
@@ -34,9 +34,9 @@ def proxy(server: Server, deployment: Deployment) -> Iterator[FaultProxy]:
 
 def test_server_restarts_under_load(harness: Harness) -> None:  # F01
     harness.writer.start()
-    for _ in range(5):
+    for calls in range(200, 1001, 200):
         harness.send(200)
-        time.sleep(0.05)
+        wait_until(lambda calls=calls: harness.status.delivered_requests > calls - 200, "some of it is delivered")  # type: ignore[misc]
     harness.server.restart()
     back = time.monotonic()
     harness.send(200)
@@ -93,6 +93,38 @@ def test_server_is_down_when_the_writer_starts(harness: Harness) -> None:
     harness.settled()
 
 
+def test_the_database_is_missed_before_there_is_anything_to_deliver(harness: Harness) -> None:
+    """Who looks at the health after a start or at night shall not learn of an outage from the first call."""
+    harness.server.stop()
+    harness.writer.start()
+    harness.degraded("retry", "Connection refused")
+    harness.server.start()
+    harness.settled()
+
+
+def test_files_that_cannot_be_read_keep_no_others_back(
+    others_deployment: Deployment, server: Server, database: Database
+) -> None:
+    deployment, writer = others_deployment, WriterProcess(others_deployment)
+    harness = Harness(server, database, deployment, writer)
+    other = Producer(deployment.load().spool)
+    harness.ledger.send(other, 5)
+    [segment] = deployment.spool.rglob("*.seg")
+    segment.with_name("stray.seg").touch()
+    segment.chmod(0)
+    try:
+        harness.send(20)
+        writer.start(user=OTHER)
+        harness.degraded("spool", f"{segment}: Permission denied")
+        wait_until(lambda: harness.status.delivered_requests == 20, "the others' frames are delivered")
+        harness.degraded("spool", str(segment))
+        segment.chmod(0o600)
+        harness.settled()
+    finally:
+        other.close()
+        harness.close()
+
+
 def test_no_connection_is_left(harness: Harness) -> None:  # F11
     others = []
     try:
@@ -122,7 +154,8 @@ def test_database_is_read_only(harness: Harness) -> None:  # F18
     harness.writer.start()
     harness.send(50)
     harness.drained()
-    [(before,)] = harness.server.query("SELECT pid FROM pg_stat_activity WHERE usename = 'litellm_writer_a'")
+    mine = "SELECT pid FROM pg_stat_activity WHERE usename = 'litellm_writer_a' AND datname = %s"
+    [(before,)] = harness.server.query(mine, harness.database.name)
     harness.server.execute("ALTER SYSTEM SET default_transaction_read_only = on", "SELECT pg_reload_conf()")
     try:
         wait_until(
@@ -246,7 +279,7 @@ def test_slow_network(toxics: Toxics, proxy: FaultProxy, harness: Harness) -> No
     assert time.monotonic() - started < 1, "the gateway's side does not wait"
     harness.writer.start()
     harness.settled()
-    assert proxy.connections <= 2, "one connection, used again"
+    assert proxy.connections == 1, "one connection, used again"
 
 
 def test_connections_are_reset_again_and_again(proxy: FaultProxy, harness: Harness) -> None:  # F09
@@ -258,9 +291,9 @@ def test_connections_are_reset_again_and_again(proxy: FaultProxy, harness: Harne
     host, port = harness.deployment.content["writer"]["listen"].split(":")
     with socket.create_connection((host, int(port))):
         wait_until(lambda: harness.writer.resources() > before, "a connection is seen")
-    for _ in range(15):
+    for number in range(15):
         harness.send(60)
-        time.sleep(0.1)
+        wait_until(lambda number=number: harness.status.delivered_requests > 60 * number, "some of it is delivered")  # type: ignore[misc]
         proxy.reset()
     harness.settled()
     wait_until(lambda: harness.writer.resources() <= before, "no file descriptor and no thread is left over")
@@ -360,7 +393,7 @@ def test_a_burst_of_100_000_events_needs_bounded_memory(harness: Harness) -> Non
 
     wait_until(drained, "100,000 events are delivered", timeout=90, interval=0.2)
     print(f"{100_000 / (time.monotonic() - started):.0f} events/s, {peak:.0f} MB")
-    assert peak < 100
+    assert peak < 80
     harness.settled()
 
 
@@ -391,6 +424,28 @@ def test_a_gateway_process_that_dies_leaves_interrupted_calls(harness: Harness) 
     harness.settled()
 
 
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_log_lines(form: str, harness: Harness) -> None:
+    harness.deployment.update(logging={"format": form, "level": "WARNING"})
+    harness.server.stop()
+    harness.writer.start()
+    harness.send(3, b'{"messages":[{"content":"a word of the client"}]}')
+    harness.degraded("retry")
+    harness.server.start()
+    harness.settled()
+    lines = harness.writer.log.read_text().splitlines()
+    assert lines
+    assert "a word" not in str(lines)
+    if form == "json":
+        records = [json.loads(line) for line in lines]
+        assert {record["level"] for record in records} == {"WARNING"}
+        assert set(records[0]) == {"time", "level", "logger", "message"}
+        lines = [record["message"] for record in records]
+    else:
+        assert all(line.startswith("WARNING ") for line in lines)
+    assert "cannot deliver (retry): " in lines[0]
+
+
 def test_a_second_writer_is_refused(harness: Harness) -> None:
     harness.writer.start()
     assert harness.writer.process is not None
@@ -398,6 +453,16 @@ def test_a_second_writer_is_refused(harness: Harness) -> None:
     assert done.returncode == 7
     assert done.stderr.count("\n") == 1
     assert f"held by process {harness.writer.process.pid}" in done.stderr
+
+
+def test_an_address_that_is_taken(harness: Harness) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        harness.deployment.update(writer={"listen": f"127.0.0.1:{taken.getsockname()[1]}"})
+        done = harness.deployment.run("write")
+    assert (done.returncode, done.stderr.count("`writer.listen` is '127.0.0.1:")) == (3, 1)
+    assert "Address already in use" in done.stderr
 
 
 def test_the_writer_survives_a_signal_to_itself_only_as_asked(harness: Harness) -> None:

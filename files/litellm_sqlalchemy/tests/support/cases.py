@@ -10,13 +10,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from psycopg2.extras import RealDictCursor
+
 from litellm_sqlalchemy.redaction import REDACTION_VERSION
 from support.clients import USER_AGENT, Clients, Json
 from support.gateway import INPUT_COST, OUTPUT_COST
 from support.keys import LIMITED_KEY, OPAQUE_KEY, POOR_KEY, USER_KEY
+from support.postgresql import Database
 from support.upstream import AUDIO, COMPLETION_TOKENS, PROMPT_TOKENS, TEXT
 
 Rule = Callable[[Any, Clients], bool]
+Row = dict[str, Any]
 
 
 def digest(key: str) -> str:
@@ -129,7 +133,7 @@ _NO_TOKENS: Json = {
 }  # fmt: skip
 FAILURE: Json = {
     **_NO_TOKENS, "status": "failure", "provider_response_id": None, "finish_reason": None,
-    "time_to_first_token_ms": None, "overhead_ms": None, "error_message": holds(""),
+    "time_to_first_token_ms": None, "overhead_ms": None, "error_message": holds(" "),
 }  # fmt: skip
 #: Rejected before any provider was asked: the deployment is the one that LiteLLM would have had in mind.
 REJECTED: Json = {**FAILURE, "attempt_count": 0, "api_base": None}
@@ -183,7 +187,8 @@ def _limited(clients: Clients) -> None:
 
 _EMBEDDING = {**_NO_TOKENS, "prompt_tokens": PROMPT_TOKENS, "total_tokens": PROMPT_TOKENS,
               "cost": PROMPT_TOKENS * INPUT_COST, "provider_response_id": None, "finish_reason": None}  # fmt: skip
-_RESPONSES = {"api_base": holds("/v1/responses"), "provider_response_id": holds("resp_"), "cost": 0.0,
+# LiteLLM finds the price of the same model for some calls and not for others
+_RESPONSES = {"api_base": holds("/v1/responses"), "provider_response_id": holds("resp_"), "cost": anything,
               "finish_reason": "completed"}  # fmt: skip
 _CLAUDE = {"model": "anthropic/ok", "provider": "anthropic", "deployment": "deployment-claude",
            "api_base": holds("/v1/messages"), "provider_response_id": "msg_1", "cached_tokens": 0,
@@ -193,6 +198,7 @@ _PASSED = {**_NO_TOKENS, "model": "unknown", "provider": None, "deployment": Non
 _PASS_REQUEST = {"endpoint": "/pass", "call_type": "pass_through_endpoint", "model": None}
 _MESSAGES_REQUEST = {"endpoint": "/v1/messages", "call_type": "anthropic_messages"}
 _RESPONSES_REQUEST = {"endpoint": "/v1/responses", "call_type": "aresponses"}
+_ATTRIBUTES = {"x-litellm-tags": "a,b", "x-litellm-session-id": "session-1"}
 _GONE = {"status": "client_disconnected", "payload_size": some}
 #: What only LiteLLM's event tells, which does not come for every stream of responses that a client leaves.
 _TOLD_BY_LITELLM = (
@@ -207,6 +213,22 @@ _GONE_IN_STREAM = {**STREAM, **_GONE, "error_type": "ClientDisconnected", "error
 _BROKEN_OFF = {"error_code": "500", "attempts": None, "prompt_tokens": some, "completion_tokens": some,
                "total_tokens": some, "cached_tokens": 0, "reasoning_tokens": 0, "cost": some, "payload_digest": None,
                "payload_encoding": "text", "payload": streamed("The ", "is "), "payload_size": some}  # fmt: skip
+
+
+#: What LiteLLM reads in the answers of providers that it knows.
+_READ: Json = {
+    "model": "claude-3-haiku-20240307", "api_base": holds("/v1/"), "provider_response_id": holds("chatcmpl-"),
+    "finish_reason": "stop", "prompt_tokens": PROMPT_TOKENS, "completion_tokens": COMPLETION_TOKENS,
+    "total_tokens": PROMPT_TOKENS + COMPLETION_TOKENS, "cached_tokens": 0, "reasoning_tokens": 0,
+}  # fmt: skip
+
+
+def _guardrail(name: str) -> Rule:
+    return lambda value, clients: [report["guardrail_name"] for report in value] == [name]
+
+
+def _message(model: str) -> Json:
+    return {"model": model, "max_tokens": 9, "messages": [{"role": "user", "content": "x"}]}
 
 
 def _to(endpoint: str, call_type: str, model: str) -> Json:
@@ -227,7 +249,29 @@ CASES = (
             user="end-user-1", headers={"x-litellm-tags": "a,b", "x-litellm-session-id": "session-1"},
             metadata={"trace_id": "trace-1"},
         ),
-        {"end_user": "end-user-1", "tags": ["a", "b"], "trace_id": holds("-1"), "session_id": "session-1"},
+        {"end_user": "end-user-1", "tags": ["a", "b"], "trace_id": "session-1", "session_id": "session-1"},
+    ),  # LiteLLM makes a session's name that of the trace
+    Case(
+        "chat-trace", "chat with a trace", lambda c: c.chat(metadata={"trace_id": "trace-1"}), {"trace_id": "trace-1"}
+    ),
+    Case(
+        "messages-attributes", "messages with the client's own metadata, tags and session",
+        lambda c: c.anthropic(**_ATTRIBUTES).messages.create(
+            model="claude", max_tokens=20, messages=[{"role": "user", "content": c.call_id}],
+            metadata={"user_id": "end-user-1"},
+        ),
+        {**_MESSAGES_REQUEST, "model": "claude", "tags": ["a", "b"], "session_id": "session-1", "end_user": anything,
+         "trace_id": anything},
+        _CLAUDE,
+    ),
+    Case(
+        "responses-attributes", "responses with the client's own metadata, tags and session",
+        lambda c: c.openai(**_ATTRIBUTES).responses.create(
+            model="ok", input=c.call_id, user="end-user-1", metadata={"tags": "of the client"}
+        ),
+        {**_RESPONSES_REQUEST, "tags": ["a", "b"], "session_id": "session-1", "end_user": "end-user-1",
+         "trace_id": anything},
+        _RESPONSES,
     ),
     Case(
         "completion", "text completion", lambda c: c.openai().completions.create(model="ok", prompt=c.call_id),
@@ -313,6 +357,25 @@ CASES = (
         {**_PASSED, **STREAM, "payload_encoding": "text", "payload": streamed("The ", "42.", "[DONE]")},
     ),
     Case(
+        "pass-through-anthropic", "pass-through to Anthropic, whose tokens LiteLLM reads",
+        lambda c: c.post("/anthropic/v1/messages", _message("claude-3-haiku-20240307")),
+        {**_PASS_REQUEST, "endpoint": "/anthropic/v1/messages", "model": "claude-3-haiku-20240307"},
+        {**_PASSED, **_READ},
+    ),
+    Case(
+        "pass-through-anthropic-stream", "pass-through to Anthropic, streamed",
+        lambda c: c.post("/anthropic/v1/messages", {**_message("claude-3-haiku-20240307"), "stream": True}),
+        {**_PASS_REQUEST, **STREAM_REQUEST, "endpoint": "/anthropic/v1/messages", "model": "claude-3-haiku-20240307"},
+        {**_PASSED, **STREAM, "model": "claude-3-haiku-20240307", "api_base": holds("/v1/messages"),
+         "payload_encoding": "text", "payload": streamed("The ", "42.")},
+    ),
+    Case(
+        "pass-through-openai", "pass-through to OpenAI",
+        lambda c: c.post("/openai/v1/chat/completions", {"model": "gpt-4o", "messages": []}),
+        {**_PASS_REQUEST, "endpoint": "/openai/v1/chat/completions", "model": "gpt-4o"},
+        {**_PASSED, "model": "gpt-4o", "provider": "openai", "api_base": holds("/v1/chat/completions")},
+    ),
+    Case(
         "cache-hit", "cache hit", _twice, {},
         {"cache_hit": True, "cost": 0.0, "attempt_count": 0},
     ),
@@ -386,11 +449,29 @@ CASES = (
     Case(
         "guardrail", "blocked by a guardrail",
         lambda c: c.chat(prompt="FORBIDDEN", extra_body={"guardrails": ["words"]}), {},
-        _rejected(400, "HTTPException", guardrails=lambda value, clients: value[0]["guardrail_name"] == "words"),
+        _rejected(400, "HTTPException", guardrails=_guardrail("words")),
+    ),
+    Case(
+        "guardrail-meanwhile", "blocked by a guardrail while the provider answers, or before",
+        lambda c: c.chat(prompt="FORBIDDEN", extra_body={"guardrails": ["words-meanwhile"]}), {},
+        {**_rejected(400, "HTTPException"), **dict.fromkeys(_TOLD_BY_LITELLM, anything), "overhead_ms": perhaps,
+         "guardrails": _guardrail("words-meanwhile"), "attempt_count": lambda value, clients: value in (0, 1)},
+    ),
+    Case(
+        "guardrail-of-answers", "answered, and blocked by a guardrail",
+        lambda c: c.chat(prompt="FORBIDDEN", extra_body={"guardrails": ["words-of-answers"]}), {},
+        {"status": "failure", "status_code": 400, "error_type": "HTTPException", "error_code": "400",
+         "error_message": holds("blocked by the guardrail"), "time_to_first_token_ms": None,
+         "guardrails": _guardrail("words-of-answers")},
+    ),
+    Case(
+        "guardrail-asks", "a guardrail asks a model of its own",
+        lambda c: c.chat(prompt="DOUBTFUL", extra_body={"guardrails": ["words"]}), {},
+        {"guardrails": _guardrail("words")},
     ),
     Case(
         "guardrail-passed", "let through by a guardrail", lambda c: c.chat(extra_body={"guardrails": ["words"]}), {},
-        {"guardrails": lambda value, clients: value[0]["guardrail_name"] == "words"},
+        {"guardrails": _guardrail("words")},
     ),
     Case(
         "rejected-by-hook", "rejected by another pre-call hook", lambda c: c.chat(prompt="UNWANTED"), {},
@@ -548,6 +629,22 @@ def differences(expected: Json, row: Mapping[str, Any], clients: Clients) -> lis
     return result
 
 
+def rows(database: Database, call_id: str) -> tuple[list[Row], list[Row]]:
+    """Return the request and the response rows of a call id."""
+    with database.server.connection(database.name) as connection:
+        cursor = connection.cursor(cursor_factory=RealDictCursor)
+        cursor.execute("SELECT * FROM requests WHERE call_id = %s", (call_id,))
+        requests = [dict(row) for row in cursor.fetchall()]
+        cursor.execute(
+            "SELECT * FROM responses WHERE request_id IN (SELECT id FROM requests WHERE call_id = %s)", (call_id,)
+        )
+        return requests, [dict(row) for row in cursor.fetchall()]
+
+
+def _attempts(count: Any) -> str:
+    return "0 or 1" if callable(count) else str(count)
+
+
 def _shown(encoding: Any) -> str:
     return "json or text" if callable(encoding) else encoding or ""
 
@@ -563,7 +660,7 @@ def table() -> str:
         error = "" if callable(response.get("error_type")) else response.get("error_type") or ""
         lines.append(
             f"| {case.what} | {response['status_code']} | {response['status']} | {error} "
-            f"| {response['attempt_count']} | {request['payload_encoding'] or ''} "
+            f"| {_attempts(response['attempt_count'])} | {request['payload_encoding'] or ''} "
             f"| {_shown(response['payload_encoding'])} |"
         )
     return "\n".join(lines)

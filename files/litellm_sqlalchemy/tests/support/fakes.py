@@ -7,7 +7,7 @@ from typing import Any
 import orjson
 
 from litellm_sqlalchemy.frames import Frame, Kind
-from litellm_sqlalchemy.spool import Producer
+from litellm_sqlalchemy.producer import Producer
 from litellm_sqlalchemy.store import DeadLetter, Delivery
 
 POISON = b"poison"
@@ -64,5 +64,5 @@ def kill(producer: Producer) -> None:
         os.close(producer._segment.descriptor)
     if producer._lock is not None:
         producer._lock.release()
-    if producer._counters is not None:
-        os.close(producer._counters)
+    if producer._counters_file is not None:
+        os.close(producer._counters_file)

@@ -13,6 +13,7 @@ import yaml
 from support.keys import MASTER_KEY, PROVIDER_KEY
 from support.postgresql import free_port
 from support.processes import Deployment
+from support.upstream import Upstream
 from support.waiting import wait_until
 
 INPUT_COST, OUTPUT_COST = 1e-6, 2e-6
@@ -33,12 +34,13 @@ def _model(name: str, upstream: str, provider: str = "openai", served: str = "",
             "max_retries": 0,
             **parameters,
         },
-        "model_info": {"id": f"deployment-{name}"},
+        "model_info": {"id": f"deployment-{name}", "disable_background_health_check": name != "ok"},
     }
 
 
-def configuration(upstream: str, *, with_log: bool) -> dict[str, Any]:
-    """Return LiteLLM's configuration: a model for each behaviour of the provider."""
+def configuration(provider: Upstream, *, with_log: bool, health_checks: bool) -> dict[str, Any]:
+    """Return LiteLLM's configuration: a model for each behaviour of the provider; one is checked in the background."""
+    upstream = provider.url
     mode = {"transcription": "audio_transcription", "speech": "audio_speech", "image": "image_generation"}
     plain = ("ok", "embedding", "image", "moderation", "speech", "transcription", "held", "dying", "malformed")
     models = [
@@ -56,15 +58,21 @@ def configuration(upstream: str, *, with_log: bool) -> dict[str, Any]:
         _model("claude", upstream, "anthropic", served="ok"),
         _model("claude-held", upstream, "anthropic", served="held"),
         _model("claude-failing", upstream, "anthropic", served="error-500"),
+        _model("realtime", provider.realtime_url, served="gpt-realtime"),
     ]
     log = ["litellm_sqlalchemy.callback.logger", "support.gateway_faults.twice"] if with_log else []
     return {
         "model_list": models,
         "guardrails": [
             {
-                "guardrail_name": "words",
-                "litellm_params": {"guardrail": "support.gateway_hooks.Guardrail", "mode": "pre_call"},
+                "guardrail_name": name,
+                "litellm_params": {"guardrail": f"support.gateway_hooks.{kind}", "mode": mode},
             }
+            for name, kind, mode in (
+                ("words", "Guardrail", "pre_call"),
+                ("words-meanwhile", "MeanwhileGuardrail", "during_call"),
+                ("words-of-answers", "AnswerGuardrail", "post_call"),
+            )
         ],
         "litellm_settings": {
             "callbacks": [*log, "support.gateway_hooks.rejecting"],
@@ -87,6 +95,7 @@ def configuration(upstream: str, *, with_log: bool) -> dict[str, Any]:
         "general_settings": {
             "master_key": "os.environ/LITELLM_MASTER_KEY",
             "custom_auth": "support.gateway_hooks.authenticate",
+            **({"background_health_checks": True, "health_check_interval": 1} if health_checks else {}),
             "pass_through_endpoints": [
                 {"path": "/pass", "target": f"{upstream}/pass", "headers": {"authorization": f"Bearer {PROVIDER_KEY}"}}
             ],
@@ -97,16 +106,21 @@ def configuration(upstream: str, *, with_log: bool) -> dict[str, Any]:
 class Gateway:
     """One LiteLLM process on a port of its own, in `directory`."""
 
-    def __init__(self, directory: Path, upstream: str, deployment: Deployment, *, with_log: bool = True) -> None:
+    def __init__(
+        self, directory: Path, upstream: Upstream, deployment: Deployment, *, with_log: bool = True,
+        health_checks: bool = False, workers: int = 1,
+    ) -> None:  # fmt: skip
         """Write its configuration."""
         self.directory = directory
+        self.upstream = upstream
         self.deployment = deployment
-        self.with_log = with_log
+        self.workers = workers
         self.port = free_port()
         self.log = directory / "gateway.log"
         self.process: subprocess.Popen[bytes] | None = None
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "config.yaml").write_text(yaml.safe_dump(configuration(upstream, with_log=with_log)))
+        content = configuration(upstream, with_log=with_log, health_checks=health_checks)
+        (directory / "config.yaml").write_text(yaml.safe_dump(content))
 
     @property
     def url(self) -> str:
@@ -121,11 +135,15 @@ class Gateway:
             "LITELLM_LOCAL_MODEL_COST_MAP": "True",
             "LITELLM_TELEMETRY_DISABLED": "true",
             "NO_PROXY": "127.0.0.1",
+            "ANTHROPIC_API_BASE": self.upstream.url,  # of the pass-through endpoints that LiteLLM brings
+            "ANTHROPIC_API_KEY": PROVIDER_KEY,
+            "OPENAI_API_BASE": self.upstream.url,
+            "OPENAI_API_KEY": PROVIDER_KEY,
         }
         command = [str(Path(sys.executable).with_name("litellm")), "--config", "config.yaml"]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [*command, "--host", "127.0.0.1", "--port", str(self.port)],
+                [*command, "--host", "127.0.0.1", "--port", str(self.port), "--num_workers", str(self.workers)],
                 cwd=self.directory,
                 env=environment,
                 stdout=log,
@@ -135,7 +153,7 @@ class Gateway:
 
     def wait(self) -> "Gateway":
         """Return when it serves."""
-        wait_until(lambda: self._answers() or self._ended(), "the gateway serves", timeout=110, interval=0.2)
+        wait_until(lambda: self._answers() or self._ended(), "the gateway serves", timeout=240, interval=0.2)
         assert not self._ended(), self.log.read_text()[-8000:]
         return self
 

@@ -63,12 +63,26 @@ for _owner, _name in (
     _breakable(_owner, _name)
 
 
+def _altering(note: Any) -> Any:
+    """Let the observer change the answer of calls whose user agent says so, which it never may."""
+
+    def altered(call: calls.Call, message: Any) -> None:
+        note(call, message)
+        if call.user_agent == "alter the answer":
+            message["headers"] = [*message["headers"], (b"x-altered", b"by the log")]
+
+    return altered
+
+
+observer._note_start = _altering(observer._note_start)
+
+
 @proxy_server.app.get("/test/state")
 async def state() -> dict[str, Any]:
     """Return the counters of the request log in this process."""
     recorder = callback.logger.recorder
     return {
-        "failures": recorder.failures,
+        "failures": recorder.hooks.failures,
         "received": recorder.producer.received,
         "dropped": recorder.producer.dropped,
         "tasks": len(asyncio.all_tasks()),

@@ -53,7 +53,7 @@ def gateway(
     gateway_writer: WriterProcess, gateway_deployment: Deployment, gateway_directory: Path, upstream: Upstream
 ) -> Iterator[Gateway]:
     """The gateway, serving."""
-    result = Gateway(gateway_directory / "litellm", upstream.url, gateway_deployment).launch()
+    result = Gateway(gateway_directory / "litellm", upstream, gateway_deployment).launch()
     try:
         yield result.wait()
     finally:

@@ -6,6 +6,7 @@ import litellm
 from fastapi import HTTPException, Request
 from litellm.integrations.custom_guardrail import CustomGuardrail, log_guardrail_information
 from litellm.integrations.custom_logger import CustomLogger
+from litellm.proxy import proxy_server
 from litellm.proxy._types import LitellmUserRoles, ProxyException, UserAPIKeyAuth
 
 from support.keys import LIMITED_KEY, MASTER_KEY, OPAQUE_KEY, POOR_KEY, USER_KEY
@@ -28,16 +29,42 @@ async def authenticate(request: Request, api_key: str) -> UserAPIKeyAuth:
     raise ProxyException(message="unknown key", type="auth_error", param="key", code=401)
 
 
+def _refuse(data: dict[str, Any], word: str) -> None:
+    if word in str(data.get("messages")):
+        raise HTTPException(status_code=400, detail={"error": "blocked by the guardrail"})
+
+
 class Guardrail(CustomGuardrail):
-    """Blocks prompts with a certain word before the call."""
+    """Blocks prompts with a certain word before the call, and asks a model of its own about others."""
 
     @log_guardrail_information
     async def async_pre_call_hook(
         self, user_api_key_dict: Any, cache: Any, data: dict[str, Any], call_type: str
     ) -> None:
         """Raise for a forbidden word."""
-        if "FORBIDDEN" in str(data.get("messages")):
-            raise HTTPException(status_code=400, detail={"error": "blocked by the guardrail"})
+        _refuse(data, "FORBIDDEN")
+        if "DOUBTFUL" in str(data.get("messages")):
+            assert proxy_server.llm_router is not None
+            question: Any = [{"role": "user", "content": "is this allowed?"}]
+            await proxy_server.llm_router.acompletion(model="embedding", messages=question)
+
+
+class MeanwhileGuardrail(CustomGuardrail):
+    """Blocks prompts with a certain word while the provider answers already."""
+
+    @log_guardrail_information
+    async def async_moderation_hook(self, data: dict[str, Any], user_api_key_dict: Any, call_type: Any) -> None:
+        """Raise for a forbidden word."""
+        _refuse(data, "FORBIDDEN")
+
+
+class AnswerGuardrail(CustomGuardrail):
+    """Blocks answers to prompts with a certain word."""
+
+    @log_guardrail_information
+    async def async_post_call_success_hook(self, data: dict[str, Any], user_api_key_dict: Any, response: Any) -> None:
+        """Raise for a forbidden word."""
+        _refuse(data, "FORBIDDEN")
 
 
 class _RejectingHook(CustomLogger):

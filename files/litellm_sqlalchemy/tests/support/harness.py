@@ -5,7 +5,7 @@ from functools import cached_property
 
 from litellm_sqlalchemy.frames import Kind
 from litellm_sqlalchemy.identifiers import uuid7
-from litellm_sqlalchemy.spool import Producer
+from litellm_sqlalchemy.producer import Producer
 from litellm_sqlalchemy.status import SpoolStatus, spool_status
 from support.oracle import check
 from support.postgresql import Database, Server
@@ -59,7 +59,7 @@ class Harness:
             health = self.writer.health()
             return health.get("cause") == cause and text in health["message"]
 
-        wait_until(seen, f"the health names {cause} and {text!r}: {self.writer.health()}", timeout)
+        wait_until(seen, f"the health names {cause} and {text!r}", timeout)
 
     def check(self, *, killed: bool = False) -> SpoolStatus:
         """Fail where anything is lost, doubled, made up or counted wrongly (`oracle.check`)."""

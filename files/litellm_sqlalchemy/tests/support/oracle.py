@@ -8,9 +8,10 @@ from pathlib import Path
 import orjson
 
 from litellm_sqlalchemy import frames
-from litellm_sqlalchemy.consumer import Cursor, producers, read_state
+from litellm_sqlalchemy.consumer import Cursor, read_state
 from litellm_sqlalchemy.frames import Frame, Kind
 from litellm_sqlalchemy.records import identifier
+from litellm_sqlalchemy.spool import producers, segments
 from litellm_sqlalchemy.status import SpoolStatus, spool_status
 from support.postgresql import Database
 from support.records import Ledger
@@ -96,10 +97,10 @@ def spooled(spool: Path) -> set[Record]:
     _, cursors = read_state(spool)
     for producer in producers(spool):
         cursor = cursors.get(producer, Cursor())
-        for file in sorted((spool / "producers" / producer).glob("*.seg")):
-            if int(file.stem) < cursor.segment:
+        for number, file in segments(spool / "producers" / producer):
+            if number < cursor.segment:
                 continue
-            data = file.read_bytes()[cursor.offset if int(file.stem) == cursor.segment else 0 :]
+            data = file.read_bytes()[cursor.offset if number == cursor.segment else 0 :]
             for frame, _ in frames.decode(data, complete=False, seed=frames.seed_of(producer)):
                 if isinstance(frame, Frame):
                     result.add((frame.kind, identifier(frame)))

@@ -21,6 +21,8 @@ from support.waiting import wait_until
 
 _SOURCE = str(Path(litellm_sqlalchemy.__file__).parents[1])
 _TESTS = str(Path(__file__).parents[1])
+#: A user that is not root: `nobody`.
+OTHER = 65534
 COMMAND = [sys.executable, "-m", "litellm_sqlalchemy"]
 
 
@@ -91,6 +93,11 @@ class Deployment:
         temporary.write_text(json.dumps({"user": user or LOGINS[login][0], "password": password}))
         temporary.replace(file)
 
+    def give_to(self, user: int) -> None:
+        """Let another user run what needs these files, which must lie where that user gets at."""
+        for path in (self.directory, *self.directory.rglob("*")):
+            os.chown(path, user, user)
+
     def run(self, *arguments: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
         """Run the command to its end."""
         return subprocess.run(
@@ -112,12 +119,14 @@ class WriterProcess:
         self.process: subprocess.Popen[bytes] | None = None
         self.log = deployment.directory / "writer.log"
 
-    def start(self, prefix: Sequence[str] = (), *, ready: bool = True) -> "WriterProcess":
-        """Start it, under a command (`strace ...`) where given; wait until its health endpoint answers."""
+    def start(self, prefix: Sequence[str] = (), *, ready: bool = True, user: int | None = None) -> "WriterProcess":
+        """Start it, under a command (`strace ...`) or as a user where given; wait until its health endpoint answers."""
+        environment = self.deployment.environment | ({"HOME": "/nonexistent"} if user else {})  # libpq looks there
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [*prefix, *COMMAND, "write"], env=self.deployment.environment, stdout=log, stderr=log
-            )
+                [*prefix, *COMMAND, "write"], env=environment, stdout=log, stderr=log, cwd="/",
+                user=user, group=user, extra_groups=None if user is None else [],
+            )  # fmt: skip
         if ready:
             wait_until(lambda: self.health() or self.ended(), "the writer answers", timeout=30)
             assert self.process.poll() is None, self.log.read_text()

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from litellm_sqlalchemy.frames import Kind
 from litellm_sqlalchemy.identifiers import uuid7
+from litellm_sqlalchemy.producer import Producer
 from litellm_sqlalchemy.settings import load_settings
-from litellm_sqlalchemy.spool import Producer
 from support.records import BODY, Ledger, request, response
 
 

@@ -1,7 +1,7 @@
 """A fake provider that speaks the shapes of OpenAI, Anthropic and Jina, and misbehaves by the model's name.
 
 The model of a request selects what happens: `ok` answers, `error-500` fails with that status, `flaky` fails the first
-request of each prompt, `held` answers only when `release` is called, and so on (see `_Handler._misbehave`).
+request of each prompt, `held` answers only when a block `holding` ends, and so on (see `_Handler._misbehave`).
 """
 
 import json
@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
+
+from websockets.sync.server import ServerConnection, serve
 
 WORDS = ("The ", "answer ", "is ", "42.")
 TEXT = "".join(WORDS)
@@ -48,15 +50,22 @@ class Upstream:
         handler = type("Handler", (_Handler,), {"upstream": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._server.daemon_threads = True
+        self._realtime = serve(_talk, "127.0.0.1", 0)
 
     @property
     def url(self) -> str:
         """Where it listens."""
         return f"http://127.0.0.1:{self._server.server_address[1]}"
 
+    @property
+    def realtime_url(self) -> str:
+        """Where it listens for realtime sessions."""
+        return f"http://127.0.0.1:{self._realtime.socket.getsockname()[1]}"
+
     def __enter__(self) -> "Upstream":
         """Serve."""
-        threading.Thread(target=self._server.serve_forever, name="upstream", daemon=True).start()
+        for server in (self._server, self._realtime):
+            threading.Thread(target=server.serve_forever, name="upstream", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -64,16 +73,18 @@ class Upstream:
         self._released.set()
         self._server.shutdown()
         self._server.server_close()
+        self._realtime.shutdown()
 
     @contextmanager
     def holding(self) -> Iterator[None]:
         """Keep answers of `held` models back inside the block; they go out when it ends."""
-        self._released.clear()
+        self.held = threading.Semaphore(0)
         self.abandoned.clear()
         try:
             yield
         finally:
             self._released.set()
+            self._released = threading.Event()
 
     def wait_for_held(self) -> None:
         """Return when a request is being held."""
@@ -81,12 +92,25 @@ class Upstream:
 
     def hold(self, connection: socket.socket) -> None:
         """Tell that a request is held, and wait until it is released or the gateway has hung up."""
+        released = self._released
         self.held.release()
         deadline = time.monotonic() + _PATIENCE
-        while not self._released.wait(0.02) and time.monotonic() < deadline:
+        while not released.wait(0.02) and time.monotonic() < deadline:
             if select.select([connection], [], [], 0)[0] and not connection.recv(1, socket.MSG_PEEK):
                 self.abandoned.set()
                 return
+
+
+def _talk(connection: ServerConnection) -> None:
+    """Hold a realtime session: greet, and answer each message that asks for one."""
+    session = {"id": "sess_1", "object": "realtime.session", "model": "gpt-realtime", "modalities": ["text"]}
+    connection.send(json.dumps({"type": "session.created", "event_id": "event_1", "session": session}))
+    for message in connection:
+        if json.loads(message)["type"] == "response.create":
+            usage = {"total_tokens": 18, "input_tokens": PROMPT_TOKENS, "output_tokens": COMPLETION_TOKENS}
+            answer = {"id": "resp_1", "object": "realtime.response", "status": "completed", "usage": usage,
+                      "output": [_output_item(TEXT, "completed")]}  # fmt: skip
+            connection.send(json.dumps({"type": "response.done", "event_id": "event_2", "response": answer}))
 
 
 class _Handler(BaseHTTPRequestHandler):

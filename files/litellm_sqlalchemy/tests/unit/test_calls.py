@@ -3,6 +3,7 @@
 import asyncio
 import gzip
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,10 +11,14 @@ from typing import Any
 import orjson
 import pytest
 
-from litellm_sqlalchemy.calls import Body, Call, Recorder, current_call, event_of, number, text
+from litellm_sqlalchemy.calls import Call, current_call
+from litellm_sqlalchemy.events import event_of
 from litellm_sqlalchemy.frames import Kind
 from litellm_sqlalchemy.observer import CallObserver
+from litellm_sqlalchemy.recorder import Body, Recorder
 from litellm_sqlalchemy.settings import Settings
+from litellm_sqlalchemy.spool import Counters
+from litellm_sqlalchemy.values import number, real, text
 
 
 class FakeProducer:
@@ -23,8 +28,7 @@ class FakeProducer:
         self.records: list[tuple[Kind, dict[str, Any], bytes]] = []
         self.skipped = 0
         self.full = False
-        self.calls = 0
-        self.seconds = 0.0
+        self.counters = Counters()
 
     def append(self, kind: Kind, metadata: bytes, payload: bytes = b"") -> bool:
         if not self.full:
@@ -43,10 +47,8 @@ def make_recorder(tmp_path: Path, **content: Any) -> tuple[Recorder, FakeProduce
     settings = Settings.model_validate(
         {"database": {"host": "x"}, "spool": {"directory": tmp_path, "fsync": "never"}, "content": content}
     )
-    recorder = Recorder(settings)
     producer = FakeProducer()
-    recorder.producer = producer  # type: ignore[assignment]
-    return recorder, producer
+    return Recorder(settings, producer), producer  # type: ignore[arg-type]
 
 
 def make_call(recorder: Recorder, request: bytes = b'{"model":"m"}', response: bytes = b'{"id":"1"}') -> Call:
@@ -62,6 +64,13 @@ def end(call: Call) -> None:
     """End the exchange."""
     call.ended_at = call.started + 0.25
     call.conclude()
+
+
+async def wait_for(condition: Callable[[], bool]) -> None:
+    """Return when a condition holds; fail after some seconds."""
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.005)
 
 
 SUCCESS = {"status": "success", "litellm_call_id": "c", "id": "r", "cache_hit": None}
@@ -101,11 +110,94 @@ def test_an_event_that_never_comes(tmp_path: Path) -> None:
         call = make_call(recorder)
         call.accept(None, {}, None)
         end(call)
-        await asyncio.sleep(0.1)
+        await wait_for(lambda: call.done)
 
     recorder, producer = make_recorder(tmp_path, event_timeout=0.02)
     asyncio.run(scenario())
     assert [record[1].get("status") for record in producer.records] == [None, "success"]
+
+
+def test_an_answer_that_is_told_after_the_call_has_failed(tmp_path: Path) -> None:
+    """As when a guardrail refuses an answer: what it cost is told by LiteLLM's logging, which may come late."""
+
+    async def scenario(event: dict[str, Any] | None) -> None:
+        call = make_call(recorder)
+        call.accept(None, {}, None)
+        call.status_code, call.failed, call.error = 400, True, {"error_type": "HTTPException"}
+        end(call)
+        assert not call.done
+        if event:
+            call.event = event_of(event)
+            call.conclude()
+        await wait_for(lambda: call.done)
+
+    recorder, producer = make_recorder(tmp_path)
+    asyncio.run(scenario({**SUCCESS, "prompt_tokens": 7}))
+    asyncio.run(scenario(None))
+    told, untold = (metadata for kind, metadata, _ in producer.records if kind is Kind.RESPONSE)
+    assert (told["status"], told["error_type"], told["prompt_tokens"]) == ("failure", "HTTPException", 7)
+    assert (untold["status"], untold["error_type"]) == ("failure", "HTTPException")
+
+
+def test_a_call_that_the_provider_failed_waits_for_nothing(tmp_path: Path) -> None:
+    recorder, producer = make_recorder(tmp_path)
+    call = make_call(recorder)
+    call.accept(None, {}, None)
+    call.attempts, call.status_code, call.failed = [{"ended_ms": 1.0}], 500, True
+    end(call)
+    assert producer.records[1][1]["status"] == "failure"
+
+
+def test_what_was_told_before_the_call_was_accepted_is_of_another_one(tmp_path: Path) -> None:
+    """A guardrail that asks a model before LiteLLM's last hook has seen the call."""
+    recorder, producer = make_recorder(tmp_path)
+    call = make_call(recorder)
+    call.event = event_of({**SUCCESS, "prompt_tokens": 99, "model": "judge"})
+    call.accept(None, {}, None)
+    call.event = event_of(FAILURE)
+    call.attempts, call.status_code = [{"ended_ms": 1.0}], 500
+    end(call)
+    metadata = producer.records[1][1]
+    assert (metadata["status"], metadata["model"], metadata["prompt_tokens"]) == ("failure", None, None)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"metadata": {"tags": ["a"], "trace_id": "t"}},
+        {"metadata": {"user_id": "of the client", "tags": ["b"]}, "litellm_metadata": {"tags": ["a"], "trace_id": "t"}},
+    ],
+    ids=["chat", "messages and responses"],
+)
+def test_metadata_is_that_of_litellm(tmp_path: Path, data: dict[str, Any]) -> None:
+    recorder, producer = make_recorder(tmp_path)
+    make_call(recorder).accept(None, data, None)
+    assert (producer.records[0][1]["tags"], producer.records[0][1]["trace_id"]) == (["a"], "t")
+
+
+def test_a_rejected_body_is_cut(tmp_path: Path) -> None:
+    recorder, producer = make_recorder(tmp_path)
+    body = b"x" * 20_000
+    for accepted in (True, False):
+        call = make_call(recorder, body)
+        if accepted:
+            call.accept(None, {}, None)
+            call.event = event_of(SUCCESS)
+        call.noticed = call.failed = True
+        end(call)
+    kept, cut = (record for record in producer.records if record[0] is Kind.REQUEST)
+    assert (kept[2], len(cut[2])) == (body, 16 * 1024)
+    assert (cut[1]["payload_truncated"], cut[1]["payload_digest"]) == (True, hashlib.sha256(body).hexdigest())
+
+
+def test_a_guardrail_that_reports_much(tmp_path: Path) -> None:
+    recorder, producer = make_recorder(tmp_path)
+    call = make_call(recorder)
+    call.accept(None, {}, None)
+    report = {"guardrail_name": "pii", "guardrail_status": "passed", "guardrail_response": "x" * 100_000}
+    call.event = event_of({**SUCCESS, "guardrail_information": report})
+    end(call)
+    assert producer.records[1][1]["guardrails"] == [{"guardrail_name": "pii", "guardrail_status": "passed"}]
 
 
 def test_no_call(tmp_path: Path) -> None:
@@ -134,12 +226,14 @@ def test_a_flood_of_rejected_calls(tmp_path: Path, count: int) -> None:
             call = make_call(recorder)
             call.noticed = call.failed = True
             end(call)
-        await asyncio.sleep(0.7)
+        await wait_for(lambda: sum(counted()) == count)
+
+    def counted() -> list[int]:
+        return [metadata["calls"] for kind, metadata, _ in producer.records if kind is Kind.REQUEST]
 
     recorder, producer = make_recorder(tmp_path, rejected_rate=2)
     asyncio.run(scenario())
-    calls = [metadata["calls"] for kind, metadata, _ in producer.records if kind is Kind.REQUEST]
-    assert sum(calls) == count
+    calls = counted()
     assert len(calls) == min(count, 21)
     assert len(producer.records) == 2 * len(calls)
 
@@ -161,17 +255,20 @@ def test_a_defect_costs_no_call(tmp_path: Path, broken: str, monkeypatch: pytest
     end(call)
     assert [kind for kind, _, _ in producer.records] == [Kind.REQUEST, Kind.RESPONSE]
     assert producer.records[1][1]["status"] == "success"
-    assert recorder.failures == (broken != "describe")
+    assert recorder.hooks.failures == (broken != "describe")
 
 
 def test_metadata_of_no_known_type(tmp_path: Path) -> None:
     recorder, producer = make_recorder(tmp_path)
     call = make_call(recorder)
     call.accept(None, {}, None)
-    call.event = event_of({**SUCCESS, "response_cost": object()})
+    call.event = event_of(
+        {**SUCCESS, "response_cost": object(), "guardrail_information": [{"of": object(), 1: "\ud800"}]}
+    )
     end(call)
-    assert producer.records[1][1]["status"] == "success"
-    assert recorder.failures == 1
+    metadata = producer.records[1][1]
+    assert (metadata["status"], metadata["cost"], recorder.hooks.failures) == ("success", None, 0)
+    assert metadata["guardrails"][0]["1"] == "?"
 
 
 @pytest.mark.parametrize(
@@ -332,6 +429,13 @@ def test_number(value: object, kept: int | None) -> None:
 
 
 @pytest.mark.parametrize(
+    ("value", "kept"), [(3, 3.0), (0.5, 0.5), (float("inf"), None), ("3", None), (object(), None), (None, None)]
+)
+def test_real(value: object, kept: float | None) -> None:
+    assert real(value) == kept
+
+
+@pytest.mark.parametrize(
     ("value", "kept"),
     [("", None), (None, None), ("a\0b", "a\ufffdb"), ("\ud800", "?"), ("x" * 600, "x" * 512), (5, "5")],
 )
@@ -339,7 +443,9 @@ def test_text(value: object, kept: str | None) -> None:
     assert text(value) == kept
 
 
-def exchange(tmp_path: Path, application: Any, incoming: list[dict[str, Any]]) -> tuple[list[Any], FakeProducer]:
+def exchange(
+    tmp_path: Path, application: Any, incoming: list[dict[str, Any]], kind: str = "http"
+) -> tuple[list[Any], FakeProducer]:
     """Take an exchange through the observer; return what went out, and the records."""
 
     async def receive() -> dict[str, Any]:
@@ -351,7 +457,8 @@ def exchange(tmp_path: Path, application: Any, incoming: list[dict[str, Any]]) -
         sent.append(message)
 
     async def scenario() -> None:
-        scope = {"type": "http", "path": "/x", "method": "POST", "headers": [], "client": ("192.0.2.1", 1)}
+        scope = {"type": kind, "path": "/x", "headers": [], "client": ("192.0.2.1", 1)}
+        scope |= {"method": "POST"} if kind == "http" else {}
         await CallObserver(application, recorder)(scope, receive, send)
 
     recorder, producer = make_recorder(tmp_path)
@@ -389,6 +496,57 @@ def test_a_client_gone_before_the_answer(tmp_path: Path) -> None:
     _, producer = exchange(tmp_path, answering(), incoming)
     assert producer.records[1][1]["status"] == "client_disconnected"
     assert producer.records[1][2] == b"ok"
+
+
+def test_a_server_that_gives_up_on_an_exchange(tmp_path: Path) -> None:
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        call = current_call.get()
+        assert call is not None
+        call.accept(None, {}, None)
+        raise asyncio.CancelledError
+
+    recorder, producer = make_recorder(tmp_path)
+    scope = {"type": "http", "path": "/x", "method": "POST", "headers": [], "client": None}
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(CallObserver(application, recorder)(scope, None, None))  # type: ignore[arg-type]
+    assert producer.records[1][1]["status"] == "interrupted"
+
+
+def test_a_websocket_session_is_a_call(tmp_path: Path) -> None:
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        call = current_call.get()
+        assert call is not None
+        call.accept(None, {"model": "realtime"}, "_arealtime")
+        await send({"type": "websocket.accept"})
+        assert (await receive())["text"] == '{"say":"a"}'
+        await send({"type": "websocket.send", "text": '{"said":"a"}'})
+        await send({"type": "websocket.send", "bytes": b'{"said":"b"}'})
+        await receive()
+        call.event = event_of(SUCCESS)
+
+    incoming: list[dict[str, Any]] = [
+        {"type": "websocket.connect"}, {"type": "websocket.receive", "text": '{"say":"a"}'},
+        {"type": "websocket.disconnect", "code": 1000},
+    ]  # fmt: skip
+    sent, producer = exchange(tmp_path, application, incoming, "websocket")
+    assert [message["type"] for message in sent] == ["websocket.accept", "websocket.send", "websocket.send"]
+    (_, request, _), (_, response, answer) = producer.records
+    assert (request["method"], request["endpoint"], request["model"]) == ("GET", "/x", "realtime")
+    assert (response["status"], response["status_code"]) == ("success", 101)
+    assert answer == b'{"say":"a"}\n{"said":"a"}\n{"said":"b"}\n'
+    assert response["time_to_first_token_ms"] > 0
+
+
+def test_a_websocket_session_that_is_refused(tmp_path: Path) -> None:
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        call = current_call.get()
+        assert call is not None
+        call.noticed = call.failed = True
+        await send({"type": "websocket.close", "code": 1008})
+
+    _, producer = exchange(tmp_path, application, [], "websocket")
+    assert (producer.records[1][1]["status"], producer.records[1][1]["status_code"]) == ("failure", 403)
 
 
 @pytest.mark.parametrize("listed", [[], ["X-Request-Id", "x-note"]])

@@ -8,8 +8,9 @@ import yaml
 from litellm_sqlalchemy.cli import main
 from litellm_sqlalchemy.errors import ExitCode
 from litellm_sqlalchemy.frames import Kind
+from litellm_sqlalchemy.producer import Producer
 from litellm_sqlalchemy.settings import SETTINGS_VARIABLE, SpoolSettings
-from litellm_sqlalchemy.spool import Lock, Producer
+from litellm_sqlalchemy.spool import Lock
 
 
 @pytest.fixture

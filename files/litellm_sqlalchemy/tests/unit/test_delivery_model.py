@@ -22,8 +22,8 @@ from litellm_sqlalchemy import frames
 from litellm_sqlalchemy.consumer import Cursor, producers, read_state
 from litellm_sqlalchemy.frames import Frame, Kind
 from litellm_sqlalchemy.identifiers import uuid7
+from litellm_sqlalchemy.producer import Producer
 from litellm_sqlalchemy.settings import Settings, SpoolSettings
-from litellm_sqlalchemy.spool import Producer
 from litellm_sqlalchemy.status import spool_status
 from litellm_sqlalchemy.writer import Writer
 

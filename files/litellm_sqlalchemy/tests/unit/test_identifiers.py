@@ -1,8 +1,10 @@
 """UUIDv7: in order within a process, and the way back to the time."""
 
 import threading
+import time
 from datetime import UTC, datetime, timedelta
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,6 +18,18 @@ def test_ids_of_a_process_are_in_order() -> None:
     assert ids == sorted(ids)
     assert {identifier.version for identifier in ids} == {7}
     assert len(set(ids)) == len(ids)
+
+
+def test_ids_follow_the_clock_when_it_is_set_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that was a day ahead for a moment: readers look for calls by the time in their ids."""
+    now = time.time_ns()
+    seen = []
+    for ahead in (0, 86_400, -0.5, 0, 0.001):
+        monkeypatch.setattr(time, "time_ns", lambda ahead=ahead: now + int(ahead * 1e9))
+        seen.append(uuid7())
+    assert abs(time_of(seen[1]).timestamp() - now / 1e9 - 86_400) < 1
+    assert max(abs(time_of(identifier).timestamp() - now / 1e9) for identifier in seen[2:]) < 1
+    assert seen[2:] == sorted(seen[2:]), "small steps back keep the order"
 
 
 def test_ids_of_many_threads_are_distinct() -> None:

@@ -1,6 +1,7 @@
 """What is kept of a payload."""
 
 import json
+import time
 from typing import Any
 
 import orjson
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from litellm_sqlalchemy.redaction import _KEPT_KEYS, redact, scrubbed
+from litellm_sqlalchemy.redaction import _HINTS, _KEPT_KEYS, redact, scrubbed, scrubbed_together
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text(),
@@ -58,6 +59,12 @@ def test_token_lists_are_words() -> None:
     assert json.loads(redact(b'{"input": [[15339, 1917], [0.5]]}')) == {"input": ["[redacted]", "[redacted]"]}
 
 
+def test_contents_are_searched_together_and_kept_apart() -> None:
+    key, url = SHAPES["master key"].encode(), SHAPES["database URL"].encode()
+    found = scrubbed_together(b'{"a":"%b' % key, b'"}', b"", url)
+    assert found == [b'{"a":"[redacted]', b'"}', b"", b"postgresql://[redacted]@db1/app"]
+
+
 @pytest.mark.parametrize(
     "name",
     ["api_key", "api-key", "apiKey", "azure_api_key", "aws_secret_access_key", "aws_access_key_id", "private_key",
@@ -93,8 +100,19 @@ def test_a_credential_in_json_within_json(depth: int) -> None:
     assert stored == {"name": "db1", "password": "[redacted]", "max_tokens": 5}
 
 
-def test_a_credential_in_a_broken_body() -> None:
-    assert scrubbed(b'{"api_key": "sk-1", "mess') == b'{"api_key": "[redacted]", "mess'
+@pytest.mark.parametrize(
+    ("body", "stored"),
+    [
+        (b'{"api_key": "sk-1", "mess', b'{"api_key": "[redacted]", "mess'),
+        (b'{"api_key": "correct ho', b'{"api_key": "[redacted]"'),
+        (b'{"api_key": "correct\\', b'{"api_key": "[redacted]"'),
+        (b'{"arguments": "{\\"password\\": \\"correct ho', b'{"arguments": "{\\"password\\": \\"[redacted]'),
+        (b'{"content": "-----BEGIN PRIVATE KEY-----\\nMHcCAQE', b'{"content": "[redacted]'),
+    ],
+    ids=["broken behind it", "cut in it", "cut in an escape", "cut in JSON within JSON", "cut in a private key"],
+)
+def test_a_credential_in_a_body_that_is_cut(body: bytes, stored: bytes) -> None:
+    assert scrubbed(body) == stored
 
 
 SHAPES = {
@@ -127,6 +145,38 @@ def test_a_secret_is_known_by_its_shape(what: str) -> None:
     secret = SHAPES[what].split("://")[-1].split("@")[0].removeprefix("Bearer ").split(" = ")[-1]
     assert secret not in stored
     assert stored == orjson.loads(scrubbed(orjson.dumps(stored))), "a second time changes nothing"
+
+
+def test_no_hint_hides_another() -> None:
+    """They are looked for without overlaps: none may begin with the end of another one that is for another secret."""
+    begins_a_word = (b"akia", b"asia", b"aiza", b"xai-")  # and is none behind the beginning of another one
+    assert len({hint for hint, _ in _HINTS}) == len(_HINTS)
+    for hint, place in _HINTS:
+        for other, of_other in _HINTS:
+            overlaps = any(other.startswith(hint[-length:]) for length in range(1, len(hint)))
+            assert not overlaps or place == of_other or other in begins_a_word, (hint, other)
+            assert hint == other or hint not in other
+
+
+def _beginnings() -> set[bytes]:
+    """Return what a search may be tricked with: all beginnings of secrets and of keys of secrets, in every notation."""
+    keys = [f"{quote}password{quote}:{quote}" for quote in ('"', '\\"', '\\\\\\"')]
+    texts = [*keys, *(f"{key}v" for key in keys), '"password"   :   "', *SHAPES.values()]
+    runs = {b"\\", b"\\\\\\\\", b" ", b"a", b"A", b"-", b'"', b"eyJ-", b"://a:", b"-----END A"}
+    return runs | {text[:length].encode() for text in texts for length in range(1, min(len(text), 60) + 1)}
+
+
+def test_no_text_takes_long() -> None:
+    """Clients choose the text, and the gateway's event loop searches it: the time must not grow with its square."""
+    hints = b" ".join(hint for hint, _ in _HINTS)  # all shapes are looked for
+    size, slow = 32 * 1024, {}
+    for beginning in _beginnings():
+        text = hints + beginning * (size // len(beginning))
+        started = time.process_time()
+        scrubbed(text)
+        if (seconds := time.process_time() - started) > 0.2:
+            slow[beginning] = seconds
+    assert slow == {}
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,9 @@ import pytest
 
 from litellm_sqlalchemy.consumer import Consumer
 from litellm_sqlalchemy.frames import Kind
-from litellm_sqlalchemy.retention import Retention, delivered_since
+from litellm_sqlalchemy.producer import Producer
+from litellm_sqlalchemy.retention import Retention, delivered_since, removed_until
 from litellm_sqlalchemy.settings import SpoolSettings
-from litellm_sqlalchemy.spool import Producer
 from litellm_sqlalchemy.store import Delivery
 
 CALLS = 40
@@ -71,7 +71,19 @@ def test_segments_go_when_their_time_is_over(tmp_path):
     Retention(spool).prune(now=time.time() + 90)
     assert found(tmp_path)
     Retention(spool).prune(now=time.time() + 110)
-    assert list(tmp_path.glob("retired/*")) == []
+    assert list(tmp_path.glob("retired/*/")) == []
+
+
+def test_what_was_removed_is_known_by_its_time(tmp_path):
+    spool = settings(tmp_path, retain=100)
+    producer = Producer(spool)
+    append(producer)
+    producer.close()
+    drain(spool)
+    assert removed_until(tmp_path) == 0
+    newest = max(file.stat().st_mtime for file in tmp_path.glob("retired/*/*.seg"))
+    Retention(spool).prune(now=time.time() + 110)
+    assert abs(removed_until(tmp_path) - newest) < 0.001
 
 
 def test_the_oldest_go_above_the_size(tmp_path):
@@ -91,4 +103,5 @@ def test_nothing_is_kept_without_a_window(tmp_path):
     append(producer)
     producer.close()
     drain(spool)
-    assert not (tmp_path / "retired").exists()
+    assert list(tmp_path.glob("retired/*/*")) == []
+    assert removed_until(tmp_path) > time.time() - 10, "a replay can tell"
