@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import postgresql_backup_filters
@@ -21,7 +22,7 @@ from postgresql_backup.settings import Settings, load_settings
 START = datetime(2026, 1, 1, tzinfo=UTC)
 RETENTION = {"hourly": 24, "daily": 7, "weekly": 5, "monthly": 12}
 TABLES = {"public.requests": {"rows": 2, "digest": "ab"}}
-LIMITS = {"dump": 7200, "base_backup": 1, "archive": 1, "drill": 1, "offsite": 1}
+LIMITS = {"dump": 7200, "base_backup": 1, "archive": 1, "drill": 1, "offsite": 1, "wal_room": 1}
 
 
 def names(hours):
@@ -70,11 +71,12 @@ def test_an_unknown_rule_is_refused():
         dumps.kept(names([1]), {"yearly": 1})
 
 
-def test_a_damaged_newest_dump_does_not_drive_out_the_last_good_one(tmp_path):
+@pytest.mark.parametrize("content", [b"", b"Encrypted"])  # truncated; of the right size, with a bit flipped
+def test_a_damaged_newest_dump_does_not_drive_out_the_last_good_one(tmp_path, content):
     good, damaged = names([1, 2])
     store(tmp_path, good)
     store(tmp_path, damaged)
-    (tmp_path / damaged / "litellm.dump.age").write_bytes(b"")
+    (tmp_path / damaged / "litellm.dump.age").write_bytes(content)
     assert dumps.prune(tmp_path, {"hourly": 1}) == []
     assert dumps.names(tmp_path) == [good, damaged]
 
@@ -103,6 +105,33 @@ def test_a_damaged_manifest_is_an_error_of_its_own(tmp_path, content):
     (tmp_path / manifest.name / "manifest.json").write_text(content)
     with pytest.raises(DamagedError, match=manifest.name):
         dumps.load(tmp_path / manifest.name)
+
+
+@pytest.mark.parametrize("name", ["../../etc/x", "a/b", "..", ""])
+def test_a_manifest_names_no_path(tmp_path, name):
+    manifest = store(tmp_path, names([1])[0])
+    for field in ("files", "databases"):
+        content = json.loads((tmp_path / manifest.name / "manifest.json").read_text())
+        content[field][name] = next(iter(content[field].values()))
+        (tmp_path / manifest.name / "manifest.json").write_text(json.dumps(content))
+        with pytest.raises(DamagedError, match="is no name"):
+            dumps.load(tmp_path / manifest.name)
+        del content[field][name]
+
+
+def test_nothing_is_written_where_others_could_have_put_a_link(tmp_path):
+    tmp_path.chmod(0o777)
+    for write in (lambda: tools.write_json(tmp_path / "x", {}), lambda: tools.lock(tmp_path / "x").__enter__()):
+        with pytest.raises(RefusedError, match="can be written by others"):
+            write()
+    tmp_path.chmod(0o700)
+    (tmp_path / "target").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    with pytest.raises(OSError, match="symbolic links"), tools.lock(tmp_path / "link"):
+        pass
+    tools.write_json(tmp_path / "link", {})
+    assert not (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target").read_bytes() == b""
 
 
 def test_interrupted_dumps_are_no_dumps_and_are_removed(tmp_path):
@@ -150,6 +179,17 @@ def test_a_time_takes_the_last_backup_before_it():
     assert "--set=label5" in options
     with pytest.raises(RefusedError, match="no base backup"):
         restore.Target().options([], START)
+
+
+def test_a_point_and_an_lsn_take_the_last_backup_before_them():
+    found = [replace(backup(hour), lsn=hour << 24) for hour in (1, 5, 9)]
+    now, points = START + timedelta(days=2), {"old": START + timedelta(hours=6), "older": START}
+    assert "--set=label5" in restore.Target(name="old").options(found, now, points)[0]
+    assert "--set=label9" in restore.Target(name="old").options(found, now)[0]  # no live cluster knows the points
+    assert "--set=label5" in restore.Target(lsn="0/8000000").options(found, now)[0]
+    for target, reason in (("older", "before the end of the first"), ("new", "no point new; the last ones are older")):
+        with pytest.raises(RefusedError, match=reason):
+            restore.Target(name=target).options(found, now, points)
 
 
 def test_settings_name_what_is_wrong(tmp_path):
@@ -262,3 +302,16 @@ def test_the_module_is_typed_strictly():
     environment = {**os.environ, "MYPYPATH": "roles/postgresql_backup/files"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tools.Path(__file__).parents[1])
     assert done.returncode == 0, done.stdout
+
+
+def test_wal_is_measured_over_the_last_hour(tmp_path):
+    file = tmp_path / "wal.json"
+    file.write_text("damaged")
+    pace = 1000.0
+    for moment in range(0, 7200, 300):
+        found = status.wal_growth(file, 1e9 + moment, int(moment * pace))
+        assert found == pytest.approx(0 if not moment else pace if moment >= 900 else moment * pace / 900)
+    burst = status.wal_growth(file, 1e9 + 7000, int(7000 * pace + 2**28))
+    assert burst == pytest.approx(pace + 2**28 / 3600, rel=0.1)
+    assert status.wal_growth(file, 1e9 + 7300, 5) == 0  # of a restored cluster
+    assert len(json.loads(file.read_bytes())) <= 3600 / 240 + 1

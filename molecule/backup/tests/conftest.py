@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from podman_pipelined import inside
 
 SCENARIO = Path(__file__).resolve().parents[1]
 PROJECT = SCENARIO.parents[1]
@@ -37,21 +38,11 @@ class Host:
     def __init__(self, name: str) -> None:
         """Take the name in the inventory."""
         self.name, self.container = name, HOSTS[name]["ansible_host"]
-        self._pid = "none"
 
     def try_run(self, command: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
         """Run a shell command; return how it ended."""
-        namespaces = ["--mount", "--uts", "--ipc", "--net", "--pid", "--cgroup"]
-        enter = ["nsenter", f"--target={self._process()}", *namespaces, "--wd"]
-        clean = ["env", "-i", "HOME=/root", "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"]
-        return subprocess.run([*enter, *clean, "bash", "-c", command], input=stdin, capture_output=True, text=True)
-
-    def _process(self) -> str:
-        """Return the container's first process: podman exec would take a second where entering it takes none."""
-        if not Path(f"/proc/{self._pid}").exists():
-            command = ["podman", "container", "inspect", "--format", "{{.State.Pid}}", self.container]
-            self._pid = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        return self._pid
+        command_line = [*inside(self.container), "bash", "-c", command]
+        return subprocess.run(command_line, input=stdin, capture_output=True, text=True)
 
     def run(self, command: str, stdin: str = "") -> str:
         """Run a shell command that must succeed; return its output."""

@@ -10,10 +10,11 @@ import time
 
 import pytest
 from conftest import Gateway, Host
-from test_backup import wait_until
+from helpers import wait_until
 
 METRICS = "import urllib.request as u; print(u.urlopen('http://127.0.0.1:9465/metrics').read().decode())"
 ROUNDS = 2
+pytestmark = pytest.mark.timeout(1800)  # a dump of 1 GB takes three minutes, at the pace that it keeps
 #: About 1 kB a row that does not compress to nothing.
 BALLAST = """
 CREATE TABLE IF NOT EXISTS ballast AS

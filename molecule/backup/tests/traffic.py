@@ -11,8 +11,8 @@ import orjson
 
 from litellm_sqlalchemy.frames import Kind
 from litellm_sqlalchemy.identifiers import uuid7
+from litellm_sqlalchemy.producer import Producer
 from litellm_sqlalchemy.settings import SpoolSettings
-from litellm_sqlalchemy.spool import Producer
 
 BODY = b'{"model":"demo","messages":[{"role":"user","content":"%s"}]}' % (b"hello " * 40)
 

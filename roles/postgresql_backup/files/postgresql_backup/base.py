@@ -3,15 +3,18 @@
 import json
 import re
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from postgresql_backup.database import one, rows, session
+from psycopg2 import sql
+
+from postgresql_backup.database import TABLES, Connection, GivingWay, contents, one, rows, session
 from postgresql_backup.errors import BackupError, DatabaseError, RefusedError, ToolError
 from postgresql_backup.settings import Settings
-from postgresql_backup.tools import lock, run, utc, wait_for, write_json
+from postgresql_backup.tools import Pace, check_room, lock, run, utc, wait_for, write_json
 
 _PREPARE = (
     "SET client_min_messages = warning",
@@ -22,6 +25,10 @@ _PREPARE = (
     "started_at timestamptz NOT NULL, kind text NOT NULL, ok boolean NOT NULL, backup text, message text NOT NULL, "
     "recovered_to timestamptz, recovery_seconds float8, total_seconds float8, details jsonb NOT NULL)",
 )
+#: How long writers wait at most while a marker's content is fixed.
+_STILL_TIMEOUT = "5s"
+#: pgBackRest's status of a repository that it could not look into.
+_UNREADABLE = 99
 _POINT_NAME = re.compile(r"^[A-Za-z0-9_.-]{1,63}$")
 
 
@@ -37,13 +44,14 @@ class BaseBackup:
     size: int
     stored: int
     error: bool
+    lsn: int = 0
 
 
 def info(settings: Settings, options: Sequence[str] = ()) -> dict[str, Any]:
     """Return what pgBackRest says of the stanza. Raises ToolError."""
     text = run(["pgbackrest", *options, f"--stanza={settings.stanza}", "--output=json", "info"], user="postgres")
     try:
-        found: dict[str, Any] = json.loads(text)[0]
+        found: dict[str, Any] = json.loads(text, strict=False)[0]  # its errors have line ends in them
     except (ValueError, IndexError):
         raise ToolError(f"pgbackrest info said nothing that can be read: {text[:200]!r}") from None
     return found
@@ -52,6 +60,26 @@ def info(settings: Settings, options: Sequence[str] = ()) -> dict[str, Any]:
 def backups(settings: Settings, options: Sequence[str] = ()) -> list[BaseBackup]:
     """Return the base backups of all repositories, oldest first."""
     return parse_backups(info(settings, options))
+
+
+def backups_in(settings: Settings, repository: int, options: Sequence[str] = ()) -> list[BaseBackup]:
+    """Return the base backups of a repository, oldest first. Raises ToolError when it cannot be read."""
+    return backups_of(info(settings, options), repository)
+
+
+def backups_of(stanza: dict[str, Any], repository: int) -> list[BaseBackup]:
+    """Return the base backups of a stanza's repository, oldest first. Raises ToolError when it cannot be read."""
+    for found in stanza["repo"]:
+        if found["key"] == repository and found["status"]["code"] == _UNREADABLE:
+            reason = " ".join(found["status"]["message"].split(" at line")[0].split())
+            raise ToolError(f"repository {repository} cannot be read (a wrong passphrase, a damage?): {reason[:300]}")
+    return [backup for backup in parse_backups(stanza) if backup.repository == repository]
+
+
+def lsn_number(lsn: str) -> int:
+    """Return an LSN as a number."""
+    high, low = lsn.split("/")
+    return (int(high, 16) << 32) + int(low, 16)
 
 
 def parse_backups(stanza: dict[str, Any]) -> list[BaseBackup]:
@@ -66,6 +94,7 @@ def parse_backups(stanza: dict[str, Any]) -> list[BaseBackup]:
             size=backup["info"]["size"],
             stored=backup["info"]["repository"].get("delta", 0),
             error=bool(backup.get("error")),
+            lsn=lsn_number(backup.get("lsn", {}).get("stop") or "0/0"),
         )
         for backup in stanza.get("backup", [])
     ]
@@ -73,19 +102,57 @@ def parse_backups(stanza: dict[str, Any]) -> list[BaseBackup]:
 
 
 def take(settings: Settings, kind: str) -> list[BaseBackup]:
-    """Take a base backup into every repository, then leave a marker; go on to the next repository when one fails."""
-    problems = []
-    with lock(Path(settings.run) / "base-backup.lock"):
+    """Take a base backup into every repository, then leave a marker; go on to the next repository when one fails.
+
+    What the recovery window does not need any more goes only when the new backup was read and is whole. Raises, when
+    all was tried, a BackupError of the first one's class that says what failed.
+    """
+    problems: dict[str, BackupError] = {}
+    with lock(settings.server / "base-backup.lock"):
         for repository in settings.repositories:
-            command = ["pgbackrest", f"--stanza={settings.stanza}", f"--repo={repository}", f"--type={kind}", "backup"]
+            command = ["pgbackrest", f"--stanza={settings.stanza}", f"--repo={repository}"]
             try:
-                run(command, user="postgres")
-            except ToolError as error:
-                problems.append(f"repository {repository}: {error}")
-        mark(settings)
+                if repository == 1:
+                    _refuse_small_disk(settings, kind)
+                run([*command, f"--type={kind}", "backup"], user="postgres")
+                _expire(command, backups_in(settings, repository)[-1].label)
+            except BackupError as error:
+                problems[f"repository {repository}"] = error
+        try:
+            mark(settings)
+        except BackupError as error:
+            problems["marker"] = error
     if problems:
-        raise ToolError("; ".join(problems))
+        first = next(iter(problems.values()))
+        raise type(first)("; ".join(f"{what}: {error}" for what, error in problems.items()))
     return backups(settings)
+
+
+def _expire(command: Sequence[str], newest: str) -> None:
+    """Remove what the recovery window does not need any more, when the newest backup is whole. Raises ToolError.
+
+    All of a backup is read for that, which takes a while over a network: only when something is going to be removed.
+    """
+    plan = run([*command, "--dry-run", "--log-level-console=info", "expire"], user="postgres")
+    if "remove" not in plan:
+        return
+    said = run([*command, f"--set={newest}", "--output=text", "--verbose", "verify"], user="postgres")
+    if f"backup: {newest}, status: valid" not in said:
+        raise ToolError(f"base backup {newest} is not whole, no older one was removed: {' '.join(said.split())[-300:]}")
+    run([*command, "expire"], user="postgres")
+
+
+def _refuse_small_disk(settings: Settings, kind: str) -> None:
+    """Refuse to begin what the host's own repository has no room for; an archive without room stops the server."""
+    if not Path(settings.repository).exists():
+        return  # it is elsewhere, by postgresql_backup_pgbackrest_options
+    before = [backup.stored for backup in backups_in(settings, 1) if backup.kind == kind]
+    if before:
+        needed = before[-1] * 1.2
+    else:
+        with session(settings, "postgres") as connection:
+            needed = float(one(connection, "SELECT sum(pg_database_size(oid)) FROM pg_database"))
+    check_room(Path(settings.repository), needed, "the base backup")
 
 
 def prepare(settings: Settings) -> bool:
@@ -102,30 +169,109 @@ def prepare(settings: Settings) -> bool:
     return bool(missing)
 
 
-def mark(settings: Settings, name: str = "") -> dict[str, Any]:
-    """Write a marker row, name this point of the WAL, and wait until the archive has it."""
+def mark(settings: Settings, name: str = "", *, content: bool = False) -> dict[str, Any]:
+    """Write a marker row, name this point of the WAL, and wait until the archive has it.
+
+    With `content`, leave to the drill what the databases hold at exactly this point.
+    """
     if name and not _POINT_NAME.match(name):
         raise RefusedError(f"{name!r} is no name of a point: use at most 63 letters, digits, dots, - and _")
     with session(settings, settings.bookkeeping) as connection:
         number, moment = rows(
             connection, "INSERT INTO backup.markers (name) VALUES (nullif(%s, '')) RETURNING id, written_at", name
         )[0]
-        point = name or f"marker-{number}"
-        segment = one(connection, "SELECT pg_walfile_name(pg_create_restore_point(%s))", point)
-        rows(connection, "SELECT pg_switch_wal()")
-
-        def archived() -> bool:
-            last = one(connection, "SELECT coalesce(last_archived_wal, '') FROM pg_stat_archiver")
-            return bool(str(last)[:24] >= segment)
-
-        if not wait_for(archived, 60):
-            raise DatabaseError(
-                f"the WAL segment {segment} was not archived within 60 s: journalctl -u postgresql@17-main "
-                "and postgresql-backup status say why"
-            )
-    marker = {"id": number, "written_at": moment.isoformat(), "name": point, "segment": segment}
-    write_json(Path(settings.run) / "marker.json", marker)
+        marker = {"id": number, "written_at": moment.isoformat(), "name": name or f"marker-{number}"}
+        if not content:
+            return {**marker, "segment": _archive(connection, marker["name"])}
+        with ExitStack() as views:
+            found = {}
+            with ExitStack() as locks:
+                for database in settings.databases:
+                    found[database] = _still(settings, database, locks, views)
+                marker["segment"] = _point(connection, marker["name"])
+            marker["databases"] = {}
+            for database, view in found.items():
+                with GivingWay(settings, database, "the marker", pids=[view.info.backend_pid]):
+                    marker["databases"][database] = {"tables": contents(view, Pace(settings.dump_share))}
+        _wait_archived(connection, marker["segment"])
+    write_json(settings.server / "marker.json", marker)
     return marker
+
+
+def _still(settings: Settings, database: str, locks: ExitStack, views: ExitStack) -> Connection:
+    """Let nobody write until `locks` ends; return a session, until `views` ends, with a snapshot of what there is then.
+
+    A restore point that is made meanwhile has all in the WAL before it that the snapshot sees, and nothing else.
+    """
+    locker = locks.enter_context(session(settings, database))
+    rows(locker, f"SET lock_timeout = '{_STILL_TIMEOUT}'")
+    rows(locker, "BEGIN")
+    tables = [sql.SQL("ONLY {}").format(sql.Identifier(schema, table)) for schema, table, _ in rows(locker, TABLES)]
+    if tables:
+        rows(locker, sql.SQL("LOCK TABLE {} IN SHARE MODE").format(sql.SQL(", ").join(tables)))
+    view = views.enter_context(session(settings, database))
+    rows(view, "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+    rows(view, "SELECT pg_current_snapshot()")
+    return view
+
+
+def _archive(connection: Connection, point: str) -> str:
+    """Name this point of the WAL and wait until it is archived; return its segment. Raises DatabaseError."""
+    segment = _point(connection, point)
+    _wait_archived(connection, segment)
+    return segment
+
+
+def _point(connection: Connection, point: str) -> str:
+    segment: str = one(connection, "SELECT pg_walfile_name(pg_create_restore_point(%s))", point)
+    rows(connection, "SELECT pg_switch_wal()")
+    return segment
+
+
+def _wait_archived(connection: Connection, segment: str) -> None:
+    def archived() -> bool:
+        last = one(connection, "SELECT coalesce(last_archived_wal, '') FROM pg_stat_archiver")
+        return bool(str(last)[:24] >= segment)
+
+    if not wait_for(archived, 60):
+        raise DatabaseError(
+            f"the WAL segment {segment} was not archived within 60 s: journalctl -u postgresql@17-main "
+            "and postgresql-backup status say why"
+        )
+
+
+def catch_up(settings: Settings, repository: int) -> str:
+    """Let the archive have all that the live cluster has committed, when there is one and it is the archive's.
+
+    Return what is missing, in words. Nothing is lost by a restore to the newest then, and a time that has just passed
+    can be recovered to: recovery ends at the first commit behind it.
+    """
+    held = {database["repo-key"]: database["system-id"] for database in info(settings).get("db", [])}
+    try:
+        with session(settings, "postgres") as connection:
+            if int(one(connection, "SELECT system_identifier FROM pg_control_system()")) != held.get(repository):
+                return ""
+            rows(connection, "SELECT pg_current_xact_id()")  # a commit
+            _archive(connection, "restore")
+    except DatabaseError as error:
+        return f"what the live cluster has not archived ({error})"
+    return ""
+
+
+def newest_segment(settings: Settings, repository: int) -> str:
+    """Return the name of the last segment in the archive of the newest cluster there; empty when there is none."""
+    found = [archive for archive in info(settings).get("archive", []) if archive["database"]["repo-key"] == repository]
+    return str(max(found, key=lambda archive: int(archive["database"]["id"]))["max"] or "") if found else ""
+
+
+def points(settings: Settings) -> dict[str, datetime]:
+    """Return the named points that the live cluster knows, with their times; none when it is gone."""
+    statement = "SELECT coalesce(name, 'marker-' || id), max(written_at) FROM backup.markers GROUP BY 1"
+    try:
+        with session(settings, settings.bookkeeping) as connection:
+            return dict(rows(connection, statement))
+    except DatabaseError:
+        return {}
 
 
 def pending(settings: Settings) -> str:

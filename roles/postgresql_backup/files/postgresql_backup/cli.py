@@ -1,19 +1,21 @@
 """The command `postgresql-backup`."""
 
 import argparse
+import errno
 import grp
 import json
 import os
 import pwd
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 from postgresql_backup import __version__, age, base, drill, dump, dumps, offsite, restore, status
 from postgresql_backup.errors import BackupError, DamagedError, ExitCode, RefusedError, ToolError
-from postgresql_backup.settings import SETTINGS_FILE, Settings, load_settings
-from postgresql_backup.tools import Hashed, duration, lock, megabytes, pump, run, write_file
+from postgresql_backup.settings import SETTINGS_FILE, Settings, credential, load_settings
+from postgresql_backup.tools import Hashed, duration, lock, megabytes, pump, read_file, run, wait_for, write_file
 
 _EXIT_CODES = "exit codes: " + ", ".join(f"{code.value} {code.name.lower()}" for code in ExitCode)
 _PORT = 5433
@@ -47,8 +49,33 @@ def main(arguments: list[str] | None = None) -> int:
     except BackupError as error:
         print(f"postgresql-backup: {error}", file=sys.stderr)
         return int(error.exit_code)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return int(ExitCode.FAILED)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"postgresql-backup: {where}{error.strerror or error}; {_remedy(error)}", file=sys.stderr)
+        return int(ExitCode.FAILED)
     except KeyboardInterrupt:
         return 130
+    except Exception as error:  # what is no known failure is one line, too
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{Path(frame.filename).name}:{frame.lineno}"
+        print(
+            f"postgresql-backup: {type(error).__name__} in {place}: {error}; this is a defect: report this line with "
+            f"`postgresql-backup {options.name}`",
+            file=sys.stderr,
+        )
+        return int(ExitCode.FAILED)
+
+
+def _remedy(error: OSError) -> str:
+    """Say what to do about what the system refused."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "make room on that file system, then run it again; nothing that was there was changed"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "owner and mode are not what playbooks/backup.yml gives them: run it"
+    return "playbooks/backup.yml makes what is missing; postgresql-backup status says what else is wrong"
 
 
 def _become(user: str) -> None:
@@ -91,11 +118,13 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("--json", action="store_true", help="print JSON")
         if name in ("status", "validate"):
             added.add_argument("--metrics", type=Path, metavar="FILE", help="write Prometheus metrics into FILE too")
+        if name == "progress":
+            added.add_argument("--wait", type=float, default=0, metavar="SECONDS", help="for its end, at most so long")
     add("dump", _dump, "Take a logical dump (in its unit: postgresql-backup-dump.service).")
     verify = add("verify", _verify, "Compare stored dumps with their manifests; with --decrypt, their content too.")
     verify.add_argument("dump", nargs="?", default="", help="name of a dump (default: all)")
     verify.add_argument("--decrypt", action="store_true", help="read the recovery key from standard input")
-    add("prune", _prune, "Remove the dumps that no retention rule keeps.")
+    add("prune", _prune, "Remove the dumps that no retention rule keeps, and what killed runs left.")
     add("copy", _copy, "Send dumps to the off-host store (in its unit: postgresql-backup-copy.service).")
     fetch = add("fetch", _fetch, "Bring a dump back from the off-host store.")
     fetch.add_argument("dump", nargs="?", default="", help="name of the dump (default: the newest)")
@@ -104,11 +133,15 @@ def _parser() -> argparse.ArgumentParser:
         "mark", _mark, "Name this point of time, so that a restore can go back to it; wait until it is archived."
     )
     mark.add_argument("point", nargs="?", default="", help="name of the point")
+    mark.add_argument("--content", action="store_true", help="leave to the drill what the databases hold at this point")
     drilling = add("drill", _drill, "Restore the newest backup into a spare cluster and look at it (in its unit).")
     drilling.add_argument("kind", choices=drill.KINDS)
     drilling.add_argument("--key", type=Path, metavar="FILE", help="file with the recovery key")
     add("report", _report, "Write a drill's report into the table restore_drills.").add_argument(
         "kind", choices=drill.KINDS
+    )
+    add("publish", _publish, "Put the metrics that status wrote where they are collected.").add_argument(
+        "file", type=Path, metavar="FILE"
     )
     add("pending", _pending, "Say whether the server has to be reloaded or restarted, or none.")
     add("first", _first, "Take the first dump, base backup and off-host copy where there is none.")
@@ -123,8 +156,11 @@ def _parser() -> argparse.ArgumentParser:
         "--dump", default="", help="name of the dump (default: the newest); its key on standard input"
     )
     restoring.add_argument("--repository", type=int, default=1, help="repository of the base backup (default: 1)")
+    restoring.add_argument("--background", action="store_true", help="return at once; `progress` says how it goes")
     promoting = add("promote", _promote, "Put the restored cluster into the live one's place; the old data is kept.")
+    promoting.add_argument("--accept-gap", action="store_true", help="although archived WAL is missing in it")
     discarding = add("discard", _discard, "Remove the restored cluster.")
+    discarding.add_argument("--incomplete", action="store_true", help="only when its restore was killed")
     for added in (restoring, promoting, discarding):
         added.add_argument("--port", type=int, default=_PORT, help=f"port of the restored cluster (default: {_PORT})")
     return parser
@@ -145,6 +181,13 @@ def _status(settings: Settings, options: argparse.Namespace) -> int:
         write_file(options.metrics, status.exposition(checks.metrics).encode(), 0o644)
         return ExitCode.OK
     return ExitCode.OK if all(result.ok for result in results) else ExitCode.FAILED
+
+
+def _publish(settings: Settings, options: argparse.Namespace) -> int:
+    os.umask(0o022)
+    options.file.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    write_file(options.file, read_file(settings.server / "status.prom", "postgres"), 0o644)
+    return ExitCode.OK
 
 
 def _list(settings: Settings, options: argparse.Namespace) -> int:
@@ -214,6 +257,7 @@ def _verify(settings: Settings, options: argparse.Namespace) -> int:
 
 def _prune(settings: Settings, options: argparse.Namespace) -> int:
     with lock(Path(settings.dumps) / ".lock"):
+        dumps.remove_partial(Path(settings.dumps))
         print(f"removed {', '.join(dumps.prune(Path(settings.dumps), settings.retention)) or 'none'}")
     return ExitCode.OK
 
@@ -244,7 +288,7 @@ def _base(settings: Settings, options: argparse.Namespace) -> int:
 
 
 def _mark(settings: Settings, options: argparse.Namespace) -> int:
-    marker = base.mark(settings, options.point)
+    marker = base.mark(settings, options.point, content=options.content)
     print(f"point {marker['name']} at {marker['written_at']}, archived in {marker['segment']}")
     return ExitCode.OK
 
@@ -298,7 +342,7 @@ def _first(settings: Settings, options: argparse.Namespace) -> int:
 
 def _ready(settings: Settings, options: argparse.Namespace) -> int:
     found = dumps.names(Path(settings.dumps))
-    if found and (Path(settings.run) / f"{found[-1]}.key").exists():
+    if found and (settings.keys / f"{found[-1]}.key").exists():
         return ExitCode.OK
     run(["systemctl", "start", "postgresql-backup-dump.service"])
     print("took a dump: the key of the newest one was not in memory")
@@ -306,8 +350,18 @@ def _ready(settings: Settings, options: argparse.Namespace) -> int:
 
 
 def _restore(settings: Settings, options: argparse.Namespace) -> int:
+    identity = ""
     if options.source == "dump":
-        print(restore.restore_dump(settings, options.dump, sys.stdin.readline().strip(), options.port))
+        handed = "CREDENTIALS_DIRECTORY" in os.environ
+        identity = credential("identity").decode() if handed else sys.stdin.readline()
+    if options.background:
+        pairs = {"from": options.source, "time": options.time, "lsn": options.lsn, "point": options.point}
+        pairs |= {"dump": options.dump, "repository": options.repository, "port": options.port}
+        arguments = [f"--{name}={value}" for name, value in pairs.items() if value]
+        restore.begin(settings, arguments, identity.strip(), options.port)
+        return ExitCode.OK
+    if options.source == "dump":
+        print(restore.restore_dump(settings, options.dump, identity.strip(), options.port))
     else:
         target = restore.Target(options.time, options.lsn, options.point)
         print(restore.restore_base(settings, target, options.repository, options.port))
@@ -315,16 +369,16 @@ def _restore(settings: Settings, options: argparse.Namespace) -> int:
 
 
 def _promote(settings: Settings, options: argparse.Namespace) -> int:
-    print(restore.promote(settings, options.port))
+    print(restore.promote(settings, options.port, accept_gap=options.accept_gap))
     return ExitCode.OK
 
 
 def _discard(settings: Settings, options: argparse.Namespace) -> int:
-    restore.Restored(settings, options.port).discard()
-    print("there is no restored cluster any more")
+    print(restore.discard(settings, options.port, incomplete=options.incomplete))
     return ExitCode.OK
 
 
 def _progress(settings: Settings, options: argparse.Namespace) -> int:
+    wait_for(lambda: restore.progress(settings)["phase"] in ("done", "failed", "none"), options.wait)
     print(json.dumps(restore.progress(settings)))
     return ExitCode.OK

@@ -2,15 +2,16 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from typing import Any
 
 import psycopg2
 from psycopg2 import sql
 from psycopg2.extensions import connection as _connection
 
-from postgresql_backup.errors import DatabaseError
+from postgresql_backup.errors import DatabaseError, LockedError
 from postgresql_backup.settings import Settings, credential
 from postgresql_backup.tools import Pace, acting_as, run
 
@@ -22,7 +23,7 @@ _TEXT_FORM = (
     "-c search_path=pg_catalog -c max_parallel_workers_per_gather=0 -c statement_timeout=0 "
     f"-c lock_timeout={LOCK_TIMEOUT} -c idle_in_transaction_session_timeout=0"
 )
-_TABLES = """
+TABLES = """
 SELECT n.nspname, c.relname, pg_relation_size(c.oid) / current_setting('block_size')::int
 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
 WHERE c.relkind = 'r' AND c.relpersistence = 'p' AND n.nspname !~ '^pg_' AND n.nspname <> 'information_schema'
@@ -35,6 +36,17 @@ _CONTENT = sql.SQL(
 )
 #: Pages of a table that are looked at before a rest: 8 MB, and what their rows have elsewhere.
 _PAGES = 1024
+
+#: Seconds that others wait for a table that is read; less than the lock_timeout of those that log in.
+_PATIENCE = 3
+#: Ends sessions of this user in this database when one of them is in somebody's way.
+_GIVE_WAY = """
+WITH own AS (SELECT pid FROM pg_stat_activity WHERE usename = current_user AND datname = current_database()
+    AND pid <> pg_backend_pid() AND (%(pids)s::int[] = '{}' OR pid = ANY(%(pids)s)))
+SELECT pg_terminate_backend(pid) FROM own WHERE EXISTS (SELECT FROM pg_locks AS waiting WHERE NOT waiting.granted
+    AND waiting.waitstart < clock_timestamp() - make_interval(secs => %(patience)s)
+    AND waiting.pid NOT IN (SELECT pid FROM own) AND pg_blocking_pids(waiting.pid) && ARRAY(SELECT pid FROM own))
+"""
 
 Connection = _connection
 Tables = dict[str, dict[str, Any]]
@@ -75,7 +87,7 @@ def session(
             connection.autocommit = True
             yield connection
     except psycopg2.Error as error:
-        reason = str(error.diag.message_primary or error).strip().splitlines()[-1]
+        reason = str(error.diag.message_primary or error).strip().splitlines()[0]
         raise DatabaseError(f"database {database}: {reason}") from None
 
 
@@ -95,7 +107,7 @@ def one(connection: Connection, statement: str, *parameters: Any) -> Any:
 def contents(connection: Connection, pace: Pace | None = None) -> Tables:
     """Return row count and content digest of each table, as this session's snapshot sees them."""
     found: Tables = {}
-    for schema, table, pages in rows(connection, _TABLES):
+    for schema, table, pages in rows(connection, TABLES):
         count = first = second = 0
         for start in range(0, pages, _PAGES):
             ends = (sql.Literal(f"({page},0)") for page in (start, start + _PAGES))
@@ -129,3 +141,38 @@ def differences(wanted: Tables, found: Tables) -> list[str]:
         elif wanted[name]["digest"] != found[name]["digest"]:
             result.append(f"table {name} has another content in its {found[name]['rows']} rows")
     return result
+
+
+class GivingWay:
+    """Ends sessions that read whole tables as soon as somebody has waited for its locks for some seconds.
+
+    A dump holds every table until it is made; who wants one for himself, as a migration does, waits, and everybody else
+    waits behind him. A dump can be taken again.
+    """
+
+    def __init__(
+        self, settings: Settings, database: str, what: str, who: dict[str, str] | None = None, pids: Sequence[int] = ()
+    ) -> None:
+        """Take the name of the work, and its sessions: `pids`, or all that `who` has in the database."""
+        self._settings, self._database, self._what, self._who, self._pids = settings, database, what, who, list(pids)
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._gave_way = False
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+        if kind and self._gave_way:
+            raise LockedError(
+                f"{self._what} gave way to who waited {_PATIENCE} s for a table, as a migration does: take it again"
+            ) from None
+
+    def _watch(self) -> None:
+        with suppress(DatabaseError), session(self._settings, self._database, self._who) as connection:
+            while not self._over.wait(1):
+                if rows(connection, _GIVE_WAY, {"patience": _PATIENCE, "pids": self._pids}):
+                    self._gave_way = True
+                    return

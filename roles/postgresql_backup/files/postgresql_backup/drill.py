@@ -16,10 +16,10 @@ from typing import Any
 from postgresql_backup import age, base, dumps
 from postgresql_backup.database import contents, differences, one, rows, schema_digest, session
 from postgresql_backup.dumps import Manifest
-from postgresql_backup.errors import BackupError, DamagedError, ExitCode, RefusedError, SettingsError, ToolError
+from postgresql_backup.errors import BackupError, DamagedError, DatabaseError, ExitCode, SettingsError, ToolError
 from postgresql_backup.settings import Settings
 from postgresql_backup.spare import Spare
-from postgresql_backup.tools import duration, lock, megabytes, run, utc, write_json
+from postgresql_backup.tools import acting_as, check_room, duration, lock, megabytes, run, utc, write_json
 
 KINDS = ("dump", "base")
 
@@ -91,15 +91,16 @@ def _drill_dump(settings: Settings, spare: Spare, report: Report, identity: str)
         dumps.check_files(directory / name, dumps.load(directory / name))
     _check_not_emptied(directory, manifest)
     identity = identity or own_identity(settings, manifest)
+    size = sum(found["size"] for found in manifest.databases.values())
+    check_room(Path(settings.drill), size * 1.2 + manifest.size, "the drill")
     began = time.monotonic()
     spare.initialise()
     spare.start()
     restore_dump(settings, directory / manifest.name, manifest, identity, spare.libpq, spare.directory)
     report.recovery_seconds = round(time.monotonic() - began, 1)
+    _compare(spare, f"dump {manifest.name}", manifest.databases)
     problems = []
     for database, wanted in manifest.databases.items():
-        with spare.session(database) as connection:
-            problems += differences(wanted["tables"], contents(connection))
         if schema_digest(settings, database, spare.libpq) != wanted["schema_digest"]:
             problems.append(f"the definitions in database {database} are not those that were dumped")
     if problems:
@@ -116,9 +117,11 @@ def _drill_dump(settings: Settings, spare: Spare, report: Report, identity: str)
 
 def _drill_base(settings: Settings, spare: Spare, report: Report) -> None:
     options = [f"--config={_configuration()}"]
-    found = [backup for backup in base.backups(settings, options) if backup.repository == 1]
+    stanza = base.info(settings, options)
+    found = base.backups_of(stanza, 1)
     if not found:
         raise DamagedError("there is no base backup: systemctl start postgresql-backup-base@full.service")
+    check_version(settings, stanza["db"][-1]["version"])
     backup = found[-1]
     report.backup = backup.label
     check_age("base backup", backup.ended, settings.limit("base_backup"))
@@ -131,32 +134,53 @@ def _drill_base(settings: Settings, spare: Spare, report: Report) -> None:
         raise DamagedError(
             "no marker was written after the base backup: systemctl start postgresql-backup-mark.service"
         )
-    if shutil.disk_usage(settings.drill).free < backup.size * 1.2:
-        raise RefusedError(f"{settings.drill} has not the {megabytes(backup.size * 1.2)} that the drill needs")
+    check_room(Path(settings.drill), backup.size * 1.2, "the drill")
     began = time.monotonic()
     try:
         run(["pgbackrest", *options, f"--stanza={settings.stanza}", "--repo=1", f"--set={backup.label}",
-             f"--pg1-path={spare.data}", "--type=default", "--archive-mode=off", "restore"])  # fmt: skip
+             f"--pg1-path={spare.data}", "--type=name", f"--target={marker['name']}", "--target-action=promote",
+             "--archive-mode=off", "restore"])  # fmt: skip
     except ToolError as error:
         raise DamagedError(f"base backup {backup.label}: {error}") from None
     version = (spare.data / "PG_VERSION").read_text().strip()
     check_version(settings, version)
-    spare.start()
+    try:
+        spare.start()
+    except DamagedError as error:
+        if "recovery target" in str(error):
+            raise DamagedError(
+                f"archived WAL is missing: marker {marker['id']} of {marker['written_at'][:19]} did not come back; "
+                f"{spare.last_words()}"
+            ) from None
+        raise
     report.recovery_seconds = round(time.monotonic() - began, 1)
     with spare.session(settings.bookkeeping) as connection:
         last = rows(connection, "SELECT max(id), max(written_at) FROM backup.markers")[0]
     report.recovered_to = last[1].isoformat() if last[1] else None
-    if (last[0] or 0) < marker["id"]:
-        raise DamagedError(
-            f"archived WAL is missing: marker {marker['id']} of {marker['written_at'][:19]} did not come back, the "
-            f"last one is {last[0]} of {str(last[1])[:19]}; {spare.last_words()}"
-        )
+    if last[0] != marker["id"]:
+        raise DamagedError(f"marker {marker['id']} did not come back, the last one is {last[0]} of {str(last[1])[:19]}")
+    _compare(spare, f"base backup {backup.label}", marker["databases"])
     spare.check_structure()
+    tables = [table for database in marker["databases"].values() for table in database["tables"].values()]
     report.details |= {"marker": marker["id"], "size": backup.size, "restored_size": spare.size}
     report.message = (
         f"base backup {backup.label} and the WAL after it restored in {duration(report.recovery_seconds)}: marker "
-        f"{marker['id']} of {marker['written_at'][:19]} is back, pg_amcheck finds no damage ({megabytes(spare.size)})"
+        f"{marker['id']} of {marker['written_at'][:19]} is back, {sum(table['rows'] for table in tables)} rows in "
+        f"{len(tables)} tables are what was there then, pg_amcheck finds no damage ({megabytes(spare.size)})"
     )
+
+
+def _compare(spare: Spare, backup: str, databases: dict[str, dict[str, Any]]) -> None:
+    """Raise DamagedError that says how what came back differs from what was there."""
+    problems = []
+    for database, wanted in databases.items():
+        try:
+            with spare.session(database) as connection:
+                problems += differences(wanted["tables"], contents(connection))
+        except DatabaseError as error:
+            problems.append(str(error))
+    if problems:
+        raise DamagedError(f"{backup}: {'; '.join(problems)}")
 
 
 def check_age(what: str, moment: datetime, limit: int) -> None:
@@ -177,7 +201,7 @@ def check_version(settings: Settings, version: str) -> None:
 def own_identity(settings: Settings, manifest: Manifest) -> str:
     """Return the identity that the dump left in memory for its drill. Raises SettingsError."""
     try:
-        return (Path(settings.run) / f"{manifest.name}.key").read_text()
+        return (settings.keys / f"{manifest.name}.key").read_text()
     except OSError:
         raise SettingsError(
             f"the drill's key of dump {manifest.name} went with the last start of this host: "
@@ -198,9 +222,9 @@ def restore_dump(
     for database in manifest.databases:
         plain = scratch / f"{database}.dump"
         try:
-            with age.decrypted(folder / f"{database}.dump.age", identity) as stream, plain.open("xb") as target:
-                if not os.geteuid():
-                    shutil.chown(plain, "postgres")
+            with acting_as("postgres"):
+                target = plain.open("xb")
+            with age.decrypted(folder / f"{database}.dump.age", identity) as stream, target:
                 shutil.copyfileobj(stream, target, 1024 * 1024)
             run([f"{settings.bin}/pg_restore", "--create", "--exit-on-error", f"--jobs={settings.drill_jobs}",
                  "--no-password", "--dbname=postgres", str(plain)], extra=libpq, user="postgres")  # fmt: skip
@@ -244,8 +268,9 @@ def _configuration() -> str:
 
 def _marker(settings: Settings) -> dict[str, Any]:
     try:
-        marker: dict[str, Any] = json.loads((Path(settings.run) / "marker.json").read_bytes())
-    except (OSError, ValueError):
+        marker: dict[str, Any] = json.loads((settings.server / "marker.json").read_bytes())
+        _ = marker["databases"]
+    except (OSError, ValueError, KeyError):
         raise DamagedError("there is no marker: systemctl start postgresql-backup-mark.service") from None
     return marker
 

@@ -9,6 +9,7 @@ from postgresql_backup import age, dumps
 from postgresql_backup.database import (
     LOCK_TIMEOUT,
     Connection,
+    GivingWay,
     contents,
     libpq,
     login,
@@ -18,22 +19,31 @@ from postgresql_backup.database import (
     session,
 )
 from postgresql_backup.dumps import Manifest
-from postgresql_backup.errors import DamagedError, RefusedError, ToolError
+from postgresql_backup.errors import DamagedError, LockedError, RefusedError, ToolError
 from postgresql_backup.settings import Settings
-from postgresql_backup.tools import Hashed, Pace, hash_file, lock, pump, run, running, write_file
+from postgresql_backup.tools import Hashed, Pace, check_room, hash_file, lock, pump, run, running, write_file
+
+_ATTEMPTS = 3
 
 
 def take(settings: Settings) -> Manifest:
     """Take, verify and promote a dump; return its manifest. Raises BackupError, and then leaves no dump behind."""
     directory = Path(settings.dumps)
     with lock(directory / ".lock"):
-        dumps.remove_partial(directory)
-        try:
-            return _Dump(settings, directory).take()
-        except OSError as error:
-            raise ToolError(f"{error.filename or directory}: {error.strerror}; nothing was promoted") from None
-        finally:
+        attempt = 0
+        while True:
+            attempt += 1
             dumps.remove_partial(directory)
+            try:
+                return _Dump(settings, directory).take()
+            except LockedError as error:
+                if attempt == _ATTEMPTS:
+                    raise
+                print(f"{error}; beginning again", flush=True)
+            except OSError as error:
+                raise ToolError(f"{error.filename or directory}: {error.strerror}; nothing was promoted") from None
+            finally:
+                dumps.remove_partial(directory)
 
 
 class _Dump:
@@ -51,6 +61,7 @@ class _Dump:
             raise RefusedError("there is no recipient: a dump that nobody can decrypt is no backup")
         with session(settings, settings.bookkeeping, self._who) as connection:
             manifest = self._manifest(connection)
+            self._refuse_small_disk(connection)
             self._folder = self._directory / f"{dumps.PARTIAL}{manifest.name}"
             self._folder.mkdir(mode=0o750)
             for database in settings.databases:
@@ -78,9 +89,22 @@ class _Dump:
             system_identifier=str(one(connection, "SELECT system_identifier FROM pg_control_system()")),
         )
 
+    def _refuse_small_disk(self, connection: Connection) -> None:
+        """Refuse to begin what will not fit: as much as the last dump and a fifth, or the databases as they are."""
+        found = dumps.names(self._directory)
+        try:
+            needed = dumps.load(self._directory / found[-1]).size * 1.2 if found else 0
+        except DamagedError:
+            needed = 0
+        for database in self._settings.databases if not needed else ():
+            needed += one(connection, "SELECT pg_database_size(%s)", database)
+        check_room(self._directory, needed, "the dump")
+
     def _database(self, database: str, manifest: Manifest) -> dict[str, Any]:
         """Dump a database; return what its snapshot holds."""
-        with session(self._settings, database, self._who) as connection:
+        name = f"{database}.dump.age"
+        giving_way = GivingWay(self._settings, database, f"the dump of {database}", self._who)
+        with giving_way, session(self._settings, database, self._who) as connection:
             rows(connection, "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
             snapshot, taken, lsn = rows(
                 connection, "SELECT pg_export_snapshot(), clock_timestamp(), pg_current_wal_lsn()::text"
@@ -94,7 +118,7 @@ class _Dump:
                 f"--lock-wait-timeout={LOCK_TIMEOUT}",  # pg_dump sets the session's own to none
                 "--no-password",
             ]
-            self._encrypted(command, f"{database}.dump.age", manifest)
+            plain = self._encrypted(command, name)
             found = {
                 "snapshot_at": taken.isoformat(),
                 "lsn": lsn,
@@ -103,6 +127,7 @@ class _Dump:
                 "tables": contents(connection, self._pace),
             }
             rows(connection, "COMMIT")
+        self._record(name, plain, manifest)  # with no table held any more
         self._refuse_emptied(database, len(found["tables"]))
         return found
 
@@ -124,7 +149,7 @@ class _Dump:
             "--no-password",
             f"--database={self._settings.bookkeeping}",
         ]
-        self._encrypted(command, "globals.sql.age", manifest)
+        self._record("globals.sql.age", self._encrypted(command, "globals.sql.age"), manifest)
 
     def _configuration(self, manifest: Manifest) -> None:
         """Encrypt the archive that the unit made before, as root."""
@@ -138,13 +163,12 @@ class _Dump:
                 manifest,
             )
 
-    def _encrypted(self, command: list[str], name: str, manifest: Manifest) -> None:
-        """Encrypt what a program prints. Raises ToolError when it fails."""
+    def _encrypted(self, command: list[str], name: str) -> Hashed:
+        """Encrypt what a program prints; return size and SHA-256 of that. Raises ToolError when it fails."""
         program = Path(command[0]).name
         with running(command, f"{program} failed", extra=self._libpq, stdout=subprocess.PIPE) as process:
             assert process.stdout is not None
-            plain = age.encrypt(process.stdout, self._folder / name, self._recipients, self._pace)
-        self._record(name, plain, manifest)
+            return age.encrypt(process.stdout, self._folder / name, self._recipients, self._pace)
 
     def _record(self, name: str, plain: Hashed, manifest: Manifest) -> None:
         stored = hash_file(self._folder / name, self._pace)
@@ -167,9 +191,8 @@ class _Dump:
 
     def _keep_identity(self, manifest: Manifest) -> None:
         """Leave the dump's own identity in memory for the drill; those of older dumps go."""
-        run_directory = Path(self._settings.run)
-        write_file(run_directory / f"{manifest.name}.key", self._identity.encode())
-        for file in run_directory.glob("*.key"):
+        write_file(self._settings.keys / f"{manifest.name}.key", self._identity.encode())
+        for file in self._settings.keys.glob("*.key"):
             if file.stem < manifest.name:
                 file.unlink()
 

@@ -74,6 +74,9 @@ def load(folder: Path, name: str = "") -> Manifest:
         if manifest.format != FORMAT or manifest.name != name or not manifest.files:
             raise ValueError(f"format {manifest.format}, name {manifest.name}, {len(manifest.files)} files")
         _ = manifest.moment, manifest.size, manifest.rows
+        # The names become paths, for root too.
+        if odd := [word for word in (*manifest.files, *manifest.databases) if word in ("", ".", "..") or "/" in word]:
+            raise ValueError(f"{odd[0]!r} is no name")
     except OSError as error:
         raise DamagedError(f"dump {name} has no manifest that can be read: {error.strerror}") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -144,23 +147,34 @@ def kept(found: Iterable[str], retention: dict[str, int]) -> set[str]:
     return stay
 
 
+def _fits(folder: Path) -> bool:
+    """Return whether a dump has all its files, by their sizes."""
+    try:
+        manifest = load(folder)
+        return all((folder / file).stat().st_size == wanted["size"] for file, wanted in manifest.files.items())
+    except (DamagedError, OSError):
+        return False
+
+
+def is_whole(folder: Path) -> bool:
+    """Return whether a dump's files are what its manifest says."""
+    try:
+        check_files(folder, load(folder))
+    except DamagedError:
+        return False
+    return True
+
+
 def prune(directory: Path, retention: dict[str, int]) -> list[str]:
     """Remove the dumps that no rule keeps; return their names.
 
-    Only dumps that are as their manifests say count as kept ones, so a damaged newest dump never drives out the last
-    good one; a damaged dump is left for the operator to look at, and reported by `status`.
+    Only dumps that have all their files count, and the newest of them is one whose files were read and are what its
+    manifest says: a damaged newest dump never drives out the last good one. A damaged dump is left for the operator to
+    look at, and reported by `status`.
     """
-    good: list[str] = []
-    damaged: list[str] = []
-    for name in names(directory):
-        try:
-            folder = directory / name
-            manifest = load(folder)
-            sizes = {file: (folder / file).stat().st_size for file in manifest.files}
-            fits = all(sizes[file] == wanted["size"] for file, wanted in manifest.files.items())
-        except (DamagedError, OSError):
-            fits = False
-        (good if fits else damaged).append(name)
+    good = [name for name in names(directory) if _fits(directory / name)]
+    while good and not is_whole(directory / good[-1]):
+        good.pop()
     removed = sorted(set(good) - kept(good, retention))
     for name in removed:
         grave = directory / f"{PARTIAL}pruned-{name}"

@@ -80,7 +80,7 @@ def fetch(settings: Settings, config: str, name: str = "") -> Path:
     directory = Path(settings.dumps)
     target = directory / name
     with lock(directory / ".lock"):
-        if target.exists() and _whole_here(target):
+        if target.exists() and dumps.is_whole(target):
             return target
         partial = directory / f"{dumps.PARTIAL}{name}"
         _run([*rclone, "copy", f"{settings.offsite}/{name}", str(partial)])
@@ -96,14 +96,6 @@ def fetch(settings: Settings, config: str, name: str = "") -> Path:
 
 def _state_file(settings: Settings) -> Path:
     return Path(settings.dumps) / ".offsite.json"
-
-
-def _whole_here(folder: Path) -> bool:
-    try:
-        dumps.check_files(folder, dumps.load(folder))
-    except DamagedError:
-        return False
-    return True
 
 
 def _rclone(settings: Settings, config: str) -> list[str]:

@@ -6,19 +6,35 @@ Nothing of the live cluster is touched before `promote`, and `promote` keeps its
 import json
 import re
 import shutil
+import socket
 import subprocess
 import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from postgresql_backup import base, drill, dumps
-from postgresql_backup.database import one, session
+from postgresql_backup.database import one, rows, session
 from postgresql_backup.errors import BackupError, DamagedError, RefusedError, ToolError
 from postgresql_backup.settings import Settings
-from postgresql_backup.tools import environment, last_words, lock, megabytes, run, wait_for, write_json
+from postgresql_backup.tools import (
+    acting_as,
+    check_room,
+    environment,
+    last_words,
+    lock,
+    run,
+    sync_directory,
+    wait_for,
+    write_json,
+)
 
 RESTORED = "restored"
+#: Unit of a restore that goes on by itself.
+UNIT = "postgresql-backup-restore.service"
 _LSN = re.compile(r"^[0-9A-F]{1,8}/[0-9A-F]{1,8}$", re.IGNORECASE)
 _PROGRESS = re.compile(r"\(([\d.]+[KMGT]?B), ([\d.]+)%\)")
 _RECOVERY_TIMEOUT = 24 * 3600.0
@@ -32,37 +48,53 @@ class Target:
     lsn: str = ""
     name: str = ""
 
-    def options(self, found: list[base.BaseBackup], now: datetime) -> tuple[list[str], str]:
-        """Return pgBackRest's options and the target in words. Raises RefusedError."""
+    def options(
+        self, found: list[base.BaseBackup], now: datetime, points: dict[str, datetime] | None = None
+    ) -> tuple[list[str], str]:
+        """Return pgBackRest's options and the target in words; `points` are the known ones. Raises RefusedError."""
         given = [value for value in (self.time, self.lsn, self.name) if value]
         if len(given) > 1:
             raise RefusedError(f"give one of time, lsn and name (seen: {', '.join(given)})")
         if not found:
             raise RefusedError("the repository holds no base backup: postgresql-backup list")
         if self.time:
-            moment = self._moment(now)
-            whole = [backup for backup in found if backup.ended <= moment]
-            if not whole:
-                raise RefusedError(
-                    f"{self.time} is before the end of the first base backup, {found[0].ended.isoformat()}: "
-                    "choose a later time, or a dump from before (postgresql-backup list)"
-                )
+            moment = self._moment(found, now)
+            last = self._last(found, self.time, lambda backup: backup.ended <= moment)
             text = moment.strftime("%Y-%m-%d %H:%M:%S.%f+00")
-            return [
-                f"--set={whole[-1].label}",
-                "--type=time",
-                f"--target={text}",
-                "--target-action=promote",
-            ], f"time {text}"
+            return self._to("time", text, last), f"time {text}"
         if self.lsn:
             if not _LSN.match(self.lsn):
                 raise RefusedError(f"{self.lsn!r} is no LSN: it looks like 0/3000148")
-            return ["--type=lsn", f"--target={self.lsn}", "--target-action=promote"], f"LSN {self.lsn}"
+            number = base.lsn_number(self.lsn)
+            last = self._last(found, f"LSN {self.lsn}", lambda backup: backup.lsn <= number)
+            return self._to("lsn", self.lsn, last), f"LSN {self.lsn}"
         if self.name:
-            return ["--type=name", f"--target={self.name}", "--target-action=promote"], f"point {self.name}"
+            last = found[-1]
+            if points:
+                if self.name not in points:
+                    names = sorted(points, key=lambda name: points[name])[-5:]
+                    raise RefusedError(f"there is no point {self.name}; the last ones are {', '.join(names)}")
+                written = points[self.name]
+                last = self._last(found, f"point {self.name}", lambda backup: backup.ended <= written)
+            return self._to("name", self.name, last), f"point {self.name}"
         return ["--type=default"], "the newest archived WAL"
 
-    def _moment(self, now: datetime) -> datetime:
+    @staticmethod
+    def _to(kind: str, target: str, backup: base.BaseBackup) -> list[str]:
+        return [f"--set={backup.label}", f"--type={kind}", f"--target={target}", "--target-action=promote"]
+
+    @staticmethod
+    def _last(found: list[base.BaseBackup], what: str, before: Callable[[base.BaseBackup], bool]) -> base.BaseBackup:
+        """Return the last base backup that recovery to the target can begin with. Raises RefusedError."""
+        whole = [backup for backup in found if before(backup)]
+        if not whole:
+            raise RefusedError(
+                f"{what} is before the end of the first base backup: {_available(found)}; for what was before, choose "
+                "a dump (postgresql-backup list)"
+            )
+        return whole[-1]
+
+    def _moment(self, found: list[base.BaseBackup], now: datetime) -> datetime:
         try:
             moment = datetime.fromisoformat(self.time)
         except ValueError:
@@ -71,9 +103,14 @@ class Target:
             raise RefusedError(f"{self.time} has no time zone: write {self.time}+00:00 for UTC")
         if moment > now:
             raise RefusedError(
-                f"{self.time} is in the future (now {now.isoformat(timespec='seconds')}): leave it out for the newest"
+                f"{self.time} is in the future: {_available(found)} (now {now.isoformat(timespec='seconds')}); "
+                "leave it out for the newest"
             )
         return moment
+
+
+def _available(found: list[base.BaseBackup]) -> str:
+    return f"a recovery can go to any time after {found[0].ended.isoformat()}"
 
 
 class Restored:
@@ -85,10 +122,35 @@ class Restored:
         self.data = settings.data.with_name(RESTORED)
         self.etc = Path(f"/etc/postgresql/{settings.version}/{RESTORED}")
         self.unit = f"postgresql@{settings.version}-{RESTORED}.service"
+        self.scratch = self.data.with_name(f"{RESTORED}.scratch")
         self.progress = Path(settings.run) / "restore.json"
+        self.description = Path(settings.state) / "restored.json"
+        self.promotion = Path(settings.state) / "promotion.json"
+
+    def described(self) -> dict[str, Any]:
+        """Return what a restore left of itself: whether it came to its end, up to where, of which cluster."""
+        try:
+            found: dict[str, Any] = json.loads(self.description.read_bytes())
+        except (OSError, ValueError):
+            return {}
+        return found
+
+    def describe(self, **values: Any) -> None:
+        """Keep what is known of the restored cluster, beyond a boot of the host."""
+        write_json(self.description, values)
+
+    def refuse_promotion(self) -> None:
+        """Raise RefusedError while a promotion is unfinished."""
+        if self.promotion.exists():
+            raise RefusedError(
+                "the last promotion did not come to its end: playbooks/promote-restored.yml goes on with it"
+            )
 
     def refuse_existing(self) -> None:
-        """Raise RefusedError when a restored cluster is there."""
+        """Raise RefusedError when a restored cluster is there; what a killed restore left is removed."""
+        self.refuse_promotion()
+        if self.described().get("complete") is False:
+            self.discard()
         for path in (self.etc, self.data):
             if path.exists():
                 raise RefusedError(
@@ -98,25 +160,42 @@ class Restored:
 
     def refuse_small_disk(self, size: float) -> None:
         """Raise RefusedError when the disk has not room for the cluster and a tenth more."""
-        free = shutil.disk_usage(self.data.parent).free
-        if free < size * 1.1:
-            raise RefusedError(
-                f"{self.data.parent} has {megabytes(free)} free, {megabytes(size * 1.1)} are needed: nothing was begun"
-            )
+        check_room(self.data.parent, size * 1.1, "the restore")
 
     def create(self) -> None:
         """Make the cluster as Debian does: a socket of its own, no network, no archiving."""
         version = self._settings.version
+        self.describe(complete=False)
         run(["pg_createcluster", "--port", str(self.port), "--start-conf", "manual", version, RESTORED])
         values = {"listen_addresses": "", "archive_mode": "off", "hot_standby": "off", "ssl": "off", "jit": "off"}
-        drop_in = self.etc / "conf.d" / "50-restored.conf"
-        drop_in.write_text("".join(f"{name} = '{value}'\n" for name, value in values.items()))
-        drop_in.chmod(0o644)
-        (self.etc / "pg_hba.conf").write_text("local all postgres peer\n")
+        with acting_as("postgres"):  # in directories of its own it could have put links in root's way
+            drop_in = self.etc / "conf.d" / "50-restored.conf"
+            drop_in.write_text("".join(f"{name} = '{value}'\n" for name, value in values.items()))
+            (self.etc / "pg_hba.conf").write_text("local all postgres peer\n")
 
-    def say(self, phase: str, percent: float = 0.0) -> None:
-        """Leave the progress for `progress`."""
-        write_json(self.progress, {"phase": phase, "percent": percent, "at": time.time()})
+    def say(self, phase: str, percent: float = 0.0, message: str = "") -> None:
+        """Leave the progress for `progress`; the message is the summary, or why it failed."""
+        write_json(self.progress, {"phase": phase, "percent": percent, "message": message, "at": time.time()})
+
+    def control(self) -> dict[str, str]:
+        """Return what the cluster's control file says. Raises ToolError."""
+        text = run([f"{self._settings.bin}/pg_controldata", str(self.data)], user="postgres")
+        pairs = (line.split(":", 1) for line in text.splitlines() if ":" in line)
+        return {name.strip(): value.strip() for name, value in pairs}
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Leave the reason for `progress` when the block fails."""
+        try:
+            yield
+        except BaseException as error:
+            self.say("failed", message=str(error) or type(error).__name__)
+            raise
+
+    def complete(self, target: str, summary: str, gap: str = "") -> None:
+        """Say that the restore came to its end: only now it can be promoted; a gap has to be accepted."""
+        self.describe(complete=True, target=target, gap=gap, identifier=self.control()["Database system identifier"])
+        self.say("done", 100.0, summary)
 
     def start(self) -> None:
         """Start, and wait until recovery is over. Raises DamagedError with the server's last words."""
@@ -140,7 +219,8 @@ class Restored:
     def last_words(self) -> str:
         """Return what the server said last of an error."""
         log = Path(f"/var/log/postgresql/postgresql-{self._settings.version}-{RESTORED}.log")
-        lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+        with acting_as("postgres"):
+            lines = log.read_text(errors="replace").splitlines() if log.exists() else []
         telling = [line for line in lines if "FATAL" in line or "PANIC" in line]
         if any("before configured recovery target" in line for line in telling[-1:]):
             return "the archived WAL ends before the target, or has no point of that name (recovery target not reached)"
@@ -150,40 +230,48 @@ class Restored:
         """Stop and remove the cluster."""
         if (self.etc / "postgresql.conf").exists():
             run(["pg_dropcluster", "--stop", self._settings.version, RESTORED])
-        for directory in (self.etc, self.data):  # what pg_dropcluster does not know, or an interrupted run left
+        # what pg_dropcluster does not know, or an interrupted run left
+        for directory in (self.etc, self.data, self.scratch):
             if directory.exists():
                 shutil.rmtree(directory)
+        self.description.unlink(missing_ok=True)
 
 
 def restore_base(settings: Settings, target: Target, repository: int, port: int) -> str:
     """Recover up to the target; return the summary. Raises BackupError, and leaves no half cluster then."""
     cluster = Restored(settings, port)
-    with lock(Path(settings.run) / "restore.lock"):
+    with lock(Path(settings.state) / "restore.lock"), cluster.told():
         cluster.refuse_existing()
-        found = [backup for backup in base.backups(settings) if backup.repository == repository]
-        options, words = target.options(found, datetime.now(UTC))
+        found = base.backups_in(settings, repository)
+        options, words = target.options(found, datetime.now(UTC), base.points(settings) if target.name else None)
         cluster.refuse_small_disk(found[-1].size)
+        lacking = base.catch_up(settings, repository)
+        newest = base.newest_segment(settings, repository)
         cluster.say("preparing")
         began = time.monotonic()
         try:
             cluster.create()
-            shutil.rmtree(cluster.data)
-            run(["install", "-d", "-m", "0700", "-o", "postgres", "-g", "postgres", str(cluster.data)])
+            with acting_as("postgres"):
+                shutil.rmtree(cluster.data)
+                cluster.data.mkdir(mode=0o700)
             _pgbackrest_restore(settings, cluster, [f"--repo={repository}", *options])
             cluster.say("recovering", 100.0)
             cluster.start()
         except BaseException:
             cluster.discard()
-            cluster.say("failed")
             raise
-        summary = _summary(settings, cluster, words, time.monotonic() - began)
-        cluster.say("done", 100.0)
+        if gap := _gap(settings, cluster, target, newest):
+            lacking = f"{gap}; {lacking}" if lacking else gap
+        summary = _summary(settings, cluster, words, time.monotonic() - began, lacking)
+        cluster.complete(words, summary, gap)
     return summary
 
 
 def _pgbackrest_restore(settings: Settings, cluster: Restored, options: list[str]) -> None:
     """Run the restore as postgres and pass its percentage on."""
-    command = ["runuser", "-u", "postgres", "--", "pgbackrest", f"--stanza={settings.stanza}",
+    # It dies with this process: what it would still write must not meet the next restore.
+    command = ["setpriv", "--reuid=postgres", "--regid=postgres", "--init-groups", "--pdeathsig=KILL", "--",
+               "pgbackrest", f"--stanza={settings.stanza}",
                f"--pg1-path={cluster.data}",
                "--archive-mode=off", "--log-level-console=detail", *options, "restore"]  # fmt: skip
     lines: list[str] = []
@@ -198,7 +286,8 @@ def _pgbackrest_restore(settings: Settings, cluster: Restored, options: list[str
             if seen and time.monotonic() - said > 1:
                 said = time.monotonic()
                 cluster.say("restoring", float(seen[2]))
-                print(f"restored {seen[2]} %", flush=True)
+                with suppress(BrokenPipeError):  # who looked has gone; the restore goes on
+                    print(f"restored {seen[2]} %", flush=True)
     if process.returncode:
         raise ToolError(f"pgbackrest: {last_words(''.join(lines).encode(), None, process.returncode)}")
 
@@ -207,7 +296,7 @@ def restore_dump(settings: Settings, name: str, identity: str, port: int) -> str
     """Restore a dump (the newest, unless named) into the new cluster; return the summary. Raises BackupError."""
     cluster = Restored(settings, port)
     directory = Path(settings.dumps)
-    with lock(Path(settings.run) / "restore.lock"):
+    with lock(Path(settings.state) / "restore.lock"), cluster.told():
         cluster.refuse_existing()
         if not identity.startswith("AGE-SECRET-KEY-"):
             raise RefusedError(
@@ -223,25 +312,41 @@ def restore_dump(settings: Settings, name: str, identity: str, port: int) -> str
         began = time.monotonic()
         try:
             cluster.create()
+            with acting_as("postgres"):
+                cluster.scratch.mkdir(mode=0o700)
             cluster.start()
             cluster.say("restoring")
             libpq = {"PGHOST": settings.socket, "PGPORT": str(port), "PGUSER": "postgres"}
-            drill.restore_dump(settings, directory / manifest.name, manifest, identity, libpq, cluster.data.parent)
+            drill.restore_dump(settings, directory / manifest.name, manifest, identity, libpq, cluster.scratch)
+            shutil.rmtree(cluster.scratch)
         except BaseException:
             cluster.discard()
-            cluster.say("failed")
             raise
-        seconds = time.monotonic() - began
-        cluster.say("done", 100.0)
-    taken = next(iter(manifest.databases.values()))["snapshot_at"]
+        taken = next(iter(manifest.databases.values()))["snapshot_at"]
+        summary = (
+            f"Dump {manifest.name} is restored into {settings.version}/{RESTORED} (port {port}, socket only) in "
+            f"{time.monotonic() - began:.0f} s: {manifest.rows} rows as of {taken[:19]} UTC.\n"
+            "Missing: everything committed after that.\n" + _next_steps(settings, port)
+        )
+        cluster.complete(f"dump {manifest.name}", summary)
+    return summary
+
+
+def _gap(settings: Settings, cluster: Restored, target: Target, segment: str) -> str:
+    """Say what of the archive recovery to the newest has not reached: without a target it ends where WAL is missing."""
+    if target != Target() or not segment:
+        return ""
+    start = f"{segment[8:16].lstrip('0') or '0'}/{int(segment[16:24], 16) << 24:X}"
+    with session(settings, "postgres", port=cluster.port) as connection:
+        reached, whole = rows(
+            connection, "SELECT pg_last_wal_replay_lsn()::text, pg_last_wal_replay_lsn() > %s::pg_lsn", start
+        )[0]
     return (
-        f"Dump {manifest.name} is restored into {settings.version}/{RESTORED} (port {port}, socket only) in "
-        f"{seconds:.0f} s: {manifest.rows} rows as of {taken[:19]} UTC.\nMissing: everything committed after that.\n"
-        + _next_steps(settings, port)
+        "" if whole else f"WAL after {reached}: the archive has segments up to {segment}, and one before it is missing"
     )
 
 
-def _summary(settings: Settings, cluster: Restored, words: str, seconds: float) -> str:
+def _summary(settings: Settings, cluster: Restored, words: str, seconds: float, lacking: str) -> str:
     with session(settings, "postgres", port=cluster.port) as connection:
         last = one(connection, "SELECT pg_last_xact_replay_timestamp()")
     until = (
@@ -251,7 +356,8 @@ def _summary(settings: Settings, cluster: Restored, words: str, seconds: float) 
     )
     return (
         f"Recovered up to {words} into {settings.version}/{RESTORED} (port {cluster.port}, socket only) in "
-        f"{seconds:.0f} s: {until}.\nMissing: everything committed after that.\n" + _next_steps(settings, cluster.port)
+        f"{seconds:.0f} s: {until}.\nMissing: everything committed after that{f'; {lacking}' if lacking else ''}.\n"
+        + _next_steps(settings, cluster.port)
     )
 
 
@@ -263,35 +369,117 @@ def _next_steps(settings: Settings, port: int) -> str:
     )
 
 
-def promote(settings: Settings, port: int) -> str:
-    """Put the restored cluster into the live one's place, whose data directory is kept; return the summary."""
-    cluster = Restored(settings, port)
-    live_unit = f"postgresql@{settings.version}-{settings.cluster}.service"
-    with lock(Path(settings.run) / "restore.lock"):
-        if not cluster.data.exists():
+class Promotion:
+    """Puts the restored cluster into the live one's place, in steps that can be taken twice.
+
+    What is to be done is written down before the first step, so that a promotion that was killed is gone on with.
+    """
+
+    def __init__(self, settings: Settings, port: int, *, accept_gap: bool = False) -> None:
+        """Take the clusters; `accept_gap` promotes one that lacks archived WAL."""
+        self._settings, self._cluster, self._accept_gap = settings, Restored(settings, port), accept_gap
+        self._unit = f"postgresql@{settings.version}-{settings.cluster}.service"
+
+    def run(self) -> Path:
+        """Take all steps; return where the replaced data directory is. Raises BackupError."""
+        file = self._cluster.promotion
+        if not file.exists():
+            identifier = self._refuse_incomplete()
+            old = self._settings.data.with_name(f"{self._settings.cluster}.replaced-{datetime.now(UTC):%Y%m%dT%H%M%SZ}")
+            write_json(file, {"old": str(old), "identifier": identifier})
+        plan = json.loads(file.read_bytes())
+        self._old, self._identifier = Path(plan["old"]), int(plan["identifier"])
+        for step in (self.stop, self.set_aside, self.put, self.configure, self.start, self.adopt, self.finish):
+            step()
+        return self._old
+
+    def _refuse_incomplete(self) -> str:
+        cluster = self._cluster
+        described = cluster.described()
+        if not cluster.data.exists() or not described:
             raise RefusedError(
                 f"there is no restored cluster in {cluster.data}: playbooks/restore-backup.yml makes one"
             )
-        with session(settings, "postgres", port=port) as connection:
-            if one(connection, "SELECT pg_is_in_recovery()"):
-                raise RefusedError("the restored cluster is still recovering: wait until it is done")
-            identifier = one(connection, "SELECT system_identifier FROM pg_control_system()")
-        old = settings.data.with_name(f"{settings.cluster}.replaced-{datetime.now(UTC):%Y%m%dT%H%M%SZ}")
-        run(["systemctl", "stop", cluster.unit])
-        run(["systemctl", "stop", live_unit])
-        if settings.data.exists():
-            settings.data.rename(old)
-        cluster.data.rename(settings.data)
-        shutil.rmtree(cluster.etc)
-        _forget_recovery(settings.data / "postgresql.auto.conf")
+        if not described["complete"]:
+            raise RefusedError(
+                "the restore did not come to its end: nothing was promoted; run playbooks/restore-backup.yml again"
+            )
+        if described["gap"] and not self._accept_gap:
+            raise RefusedError(
+                f"the restored cluster lacks {described['gap']}: restore from the other repository "
+                "(-e restore_repository=2), or promote what there is with -e promote_accept_gap=true"
+            )
+        control = cluster.control()
+        state, identifier = control["Database cluster state"], control["Database system identifier"]
+        if "recovery" in state:
+            raise RefusedError(f"the restored cluster is still recovering ({state}): wait until it is done")
+        if identifier != described["identifier"]:
+            raise RefusedError(
+                f"{cluster.data} is another cluster (system identifier {identifier}) than the one that was restored "
+                f"({described['identifier']}): playbooks/discard-restored.yml, then restore again"
+            )
+        return identifier
+
+    def stop(self) -> None:
+        """Stop both clusters, as long as the restored one is not in its place."""
+        if self._cluster.data.exists():
+            run(["systemctl", "stop", self._cluster.unit, self._unit])
+
+    def set_aside(self) -> None:
+        """Keep the live cluster's data directory under another name; a rebuilt host may have none."""
+        if self._cluster.data.exists() and self._settings.data.exists():
+            self._settings.data.rename(self._old)
+            sync_directory(self._old.parent)
+
+    def put(self) -> None:
+        """Give the restored data directory its name."""
+        if self._cluster.data.exists():
+            self._cluster.data.rename(self._settings.data)
+            sync_directory(self._old.parent)
+
+    def configure(self) -> None:
+        """Forget what was the restored cluster's alone."""
+        if self._cluster.etc.exists():
+            shutil.rmtree(self._cluster.etc)
+        with acting_as("postgres"):
+            _forget_recovery(self._settings.data / "postgresql.auto.conf")
+
+    def start(self) -> None:
+        """Start it in its place."""
         run(["systemctl", "daemon-reload"])
-        run(["systemctl", "start", live_unit])
-        _adopt(settings, int(identifier))
+        try:
+            run(["systemctl", "start", self._unit])
+        except ToolError:
+            raise ToolError(
+                f"{self._unit} does not start (journalctl -u {self._unit}): mend that, then promote again. The data "
+                f"directory that was replaced is {self._old}"
+            ) from None
+
+    def adopt(self) -> None:
+        """Let the repositories take WAL of a cluster that was made of a dump: it has another system identifier."""
+        held = {int(database["system-id"]) for database in base.info(self._settings).get("db", [])}
+        if held and self._identifier not in held:
+            run(["pgbackrest", f"--stanza={self._settings.stanza}", "stanza-upgrade"], user="postgres")
+
+    def finish(self) -> None:
+        """Forget the restore and the promotion."""
+        self._cluster.description.unlink(missing_ok=True)
+        self._cluster.promotion.unlink()
+
+
+def promote(settings: Settings, port: int, *, accept_gap: bool = False) -> str:
+    """Put the restored cluster into the live one's place, whose data directory is kept; return the summary."""
+    with lock(Path(settings.state) / "restore.lock"):
+        old = Promotion(settings, port, accept_gap=accept_gap).run()
+    kept = (
+        f"The data directory that it replaced is {old}: remove it when nothing of it is needed any more."
+        if old.exists()
+        else "There was no data directory in its place."
+    )
     return (
-        f"The restored cluster is {settings.version}/{settings.cluster} now, and archives again. The data directory "
-        f"that it replaced is {old}: remove it when nothing of it is needed any more.\nNext: run site.yml, which puts "
-        "the present credentials in force, replay the gateways' spools (litellm-sqlalchemy replay --since TIME) and "
-        "start postgresql-backup-base@full.service."
+        f"The restored cluster is {settings.version}/{settings.cluster} now, and archives again. {kept}\n"
+        "Next: run site.yml, which puts the present credentials in force, replay the gateways' spools "
+        "(litellm-sqlalchemy replay --since TIME) and start postgresql-backup-base@full.service."
     )
 
 
@@ -303,11 +491,46 @@ def _forget_recovery(file: Path) -> None:
         file.write_text("".join(stay))
 
 
-def _adopt(settings: Settings, identifier: int) -> None:
-    """Let the repositories take WAL of a cluster that was made of a dump: it has another system identifier."""
-    held = {int(database["system-id"]) for database in base.info(settings).get("db", [])}
-    if held and identifier not in held:
-        run(["pgbackrest", f"--stanza={settings.stanza}", "stanza-upgrade"], user="postgres")
+def discard(settings: Settings, port: int, *, incomplete: bool = False) -> str:
+    """Remove the restored cluster; with `incomplete`, only one whose restore was killed. Raises BackupError."""
+    cluster = Restored(settings, port)
+    with lock(Path(settings.state) / "restore.lock"):
+        cluster.refuse_promotion()
+        if incomplete and cluster.described().get("complete") is not False:
+            return "there is nothing of a killed restore"
+        cluster.discard()
+        if incomplete:
+            cluster.say("failed", message="the restore was killed; what it had made was removed")
+    return "there is no restored cluster any more"
+
+
+def begin(settings: Settings, arguments: Sequence[str], identity: str, port: int) -> None:
+    """Start a restore as a unit of its own, and return; systemd hands the recovery key on, it is in no file."""
+    cluster = Restored(settings, port)
+    door = Path(settings.run) / "identity.sock"
+    with lock(Path(settings.state) / "restore.lock"):
+        cluster.say("preparing")
+    program = "/usr/local/bin/postgresql-backup"
+    command = ["systemd-run", "--quiet", "--collect", "--no-block", f"--unit={UNIT}",
+               "--description=Restore of a backup of PostgreSQL",
+               f"--property=ExecStopPost=-{program} discard --incomplete --port {port}"]  # fmt: skip
+    door.unlink(missing_ok=True)
+    with socket.socket(socket.AF_UNIX) as listener:
+        if identity:
+            listener.bind(str(door))
+            listener.listen(1)
+            listener.settimeout(60)
+            command.append(f"--property=LoadCredential=identity:{door}")
+        try:
+            run([*command, program, "restore", *arguments])
+            if identity:
+                taker, _ = listener.accept()
+                with taker:
+                    taker.sendall(identity.encode())
+        except TimeoutError:
+            raise ToolError(f"systemd did not start {UNIT} within 60 s: journalctl -u {UNIT}") from None
+        finally:
+            door.unlink(missing_ok=True)
 
 
 def progress(settings: Settings) -> dict[str, object]:

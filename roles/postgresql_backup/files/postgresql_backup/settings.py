@@ -29,14 +29,26 @@ class Settings:
     bookkeeping_owner: str = "backup_owner"
     stanza: str = "main"
     repositories: list[int] = field(default_factory=lambda: [1])
+    repository: str = "/var/lib/pgbackrest"
     dumps: str = "/var/backups/postgresql"
     run: str = "/run/postgresql-backup"
+    state: str = "/var/lib/postgresql-backup"
     drill: str = "/var/lib/postgresql-drill"
     dump_share: float = 1
     drill_jobs: int = 2
     offsite: str = ""
     offsite_options: list[str] = field(default_factory=list)
     limits: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def keys(self) -> Path:
+        """Directory, in memory, of the keys with which drills open the newest dump; the dump's user writes there."""
+        return Path(self.run) / "keys"
+
+    @property
+    def server(self) -> Path:
+        """Directory, in memory, of what the server's user writes: the marker, the metrics."""
+        return Path(self.run) / "server"
 
     @property
     def bin(self) -> str:

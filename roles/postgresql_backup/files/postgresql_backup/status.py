@@ -1,16 +1,20 @@
 """Status: how old and how proven the backups are, each check with what was seen and what to do; and as metrics."""
 
+import json
+import math
+import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from postgresql_backup import base, drill, dumps, offsite
 from postgresql_backup.database import rows, session
-from postgresql_backup.errors import BackupError, DamagedError
+from postgresql_backup.errors import BackupError, DamagedError, RefusedError
 from postgresql_backup.settings import Settings
-from postgresql_backup.tools import duration, megabytes
+from postgresql_backup.tools import duration, megabytes, write_json
 
 _ARCHIVE = """
 SELECT last_archived_wal, extract(epoch FROM last_archived_time), failed_count, last_failed_wal,
@@ -23,6 +27,15 @@ SELECT last_archived_wal, extract(epoch FROM last_archived_time), failed_count, 
   extract(epoch FROM pg_postmaster_start_time())
 FROM pg_stat_archiver
 """
+_ROOM = """
+SELECT (SELECT sum(size) FROM pg_ls_waldir()), pg_current_wal_lsn() - '0/0'::pg_lsn,
+  wal_bytes / greatest(extract(epoch FROM clock_timestamp() - stats_reset), 900) FROM pg_stat_wal
+"""
+#: Seconds between two positions of the WAL that are kept, and how long they are.
+_SAMPLE, _SAMPLED = 240, 3600
+#: Segments that are switched, or a table that is loaded, within as many seconds are no growth that lasts.
+_SHORTEST = 900
+_LONGEST_ROOM = 30 * 86400.0
 #: Seconds that switching to a new segment and archiving the old one may take.
 _ARCHIVE_GRACE = 30
 
@@ -35,6 +48,20 @@ class Result:
     ok: bool
     seen: str
     remedy: str = ""
+
+
+def wal_growth(file: Path, now: float, position: int) -> float:
+    """Return bytes of WAL a second in the last hour, by positions of earlier runs in the file; this one is added."""
+    try:
+        found = [(at, before) for at, before in json.loads(file.read_bytes()) if 0 < now - at <= _SAMPLED]
+    except (OSError, ValueError, TypeError):
+        found = []
+    samples = [(at, before) for at, before in found if before <= position]  # a restored cluster begins anew
+    if not samples or now - samples[-1][0] >= _SAMPLE:
+        with suppress(OSError, RefusedError):  # outside of its unit it may not be able to
+            write_json(file, [*samples, (now, position)])
+    at, before = samples[0] if samples else (now, position)
+    return float((position - before) / max(now - at, _SHORTEST))
 
 
 class Status:
@@ -56,6 +83,11 @@ class Status:
                 for number in self._settings.repositories
             ),
             ("archive.working", self._archive, "journalctl -u postgresql@17-main; docs/operations/backup.md"),
+            (
+                "archive.room",
+                self._room,
+                "mend the archive, or make room on the file system; docs/operations/backup.md",
+            ),
             *(
                 (
                     f"drill.{kind}",
@@ -100,7 +132,7 @@ class Status:
         return f"{len(found)} dumps have all their files"
 
     def _base(self, repository: int) -> str:
-        found = [backup for backup in base.backups(self._settings) if backup.repository == repository]
+        found = base.backups_in(self._settings, repository)
         if not found:
             raise DamagedError(f"there is no base backup in repository {repository}")
         newest = found[-1]
@@ -137,6 +169,25 @@ class Status:
         if oldest > self._settings.limit("archive"):
             raise DamagedError(f"{ready} WAL segments wait for {duration(oldest)}; {seen}")
         return f"{seen}, {ready} segments wait"
+
+    def _room(self) -> str:
+        """Return how long the file system holds what is written, should nothing be archived from now on."""
+        with session(self._settings, "postgres") as connection:
+            held, position, ever = (float(value) for value in rows(connection, _ROOM)[0])
+        free = shutil.disk_usage(self._settings.data / "pg_wal").free
+        growth = max(wal_growth(self._settings.server / "wal.json", self._now, int(position)), ever)
+        left = free / growth if growth else math.inf
+        self.metrics["postgresql_backup_wal_bytes"] = int(held)
+        self.metrics["postgresql_backup_wal_free_bytes"] = free
+        self.metrics["postgresql_backup_wal_growth_bytes_per_second"] = round(growth, 1)
+        self.metrics["postgresql_backup_wal_room_seconds"] = round(min(left, _LONGEST_ROOM))
+        seen = (
+            f"pg_wal has {megabytes(held)}, {megabytes(free)} are free, {megabytes(growth * 3600)} an hour are written"
+        )
+        if left < self._settings.limit("wal_room"):
+            allowed = duration(self._settings.limit("wal_room"))
+            raise DamagedError(f"without an archive the disk is full in {duration(left)} (limit {allowed}): {seen}")
+        return f"{seen}: room for {duration(min(left, _LONGEST_ROOM))}{' or more' if left > _LONGEST_ROOM else ''}"
 
     def _drill(self, kind: str) -> str:
         report = drill.load_report(self._settings, kind)
@@ -189,6 +240,10 @@ _HELP = {
     "postgresql_backup_archive_failed_total": "Failed attempts to archive WAL since the server's statistics began",
     "postgresql_backup_archive_waiting": "WAL segments that wait for the archive",
     "postgresql_backup_archive_lag_seconds": "How long the oldest of them has waited",
+    "postgresql_backup_wal_bytes": "Size of pg_wal",
+    "postgresql_backup_wal_free_bytes": "Free bytes of its file system",
+    "postgresql_backup_wal_growth_bytes_per_second": "WAL that is written",
+    "postgresql_backup_wal_room_seconds": "How long WAL fits there when nothing is archived; 30 days at most",
 }
 
 

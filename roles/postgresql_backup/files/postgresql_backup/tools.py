@@ -5,6 +5,8 @@ import hashlib
 import json
 import os
 import pwd
+import shutil
+import stat
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any
 
-from postgresql_backup.errors import LockedError, ToolError
+from postgresql_backup.errors import LockedError, RefusedError, ToolError
 
 _BLOCK = 1024 * 1024
 #: Seconds.
@@ -35,9 +37,12 @@ def run(
 ) -> str:
     """Run a program and return what it printed; `user` is whom root becomes for it. Raises ToolError."""
     identity: dict[str, Any] = {"user": user, "group": user, "extra_groups": []} if user and not os.geteuid() else {}
-    done = subprocess.run(
-        command, input=stdin, capture_output=True, env=environment(extra), check=False, cwd="/", **identity
-    )
+    try:
+        done = subprocess.run(
+            command, input=stdin, capture_output=True, env=environment(extra), check=False, cwd="/", **identity
+        )
+    except OSError as error:
+        raise _not_run(command, error) from None
     if done.returncode:
         raise ToolError(f"{Path(command[0]).name} failed: {last_words(done.stderr, done.stdout, done.returncode)}")
     return (done.stdout or b"").decode(errors="replace")
@@ -49,7 +54,10 @@ def running(
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Run a program beside the block, which kills it by raising. Raises ToolError: `what`, and its last words."""
     with TemporaryFile() as errors:
-        process = subprocess.Popen(command, stderr=errors, env=environment(extra), cwd="/", **streams)
+        try:
+            process = subprocess.Popen(command, stderr=errors, env=environment(extra), cwd="/", **streams)
+        except OSError as error:
+            raise _not_run(command, error) from None
         try:
             yield process
         except BaseException:
@@ -60,6 +68,10 @@ def running(
         if code:
             errors.seek(0)
             raise ToolError(f"{what}: {last_words(errors.read(), None, code).removeprefix('age: error: ')}")
+
+
+def _not_run(command: Sequence[str], error: OSError) -> ToolError:
+    return ToolError(f"{command[0]} cannot be run: {error.strerror}; playbooks/backup.yml installs what is missing")
 
 
 def last_words(stderr: bytes | None, stdout: bytes | None, code: int) -> str:
@@ -120,8 +132,10 @@ def hash_file(file: Path, pace: Pace | None = None) -> Hashed:
 
 def write_file(file: Path, content: bytes, mode: int = 0o640) -> None:
     """Put `content` in the place of `file`, atomically and durably."""
+    check_directory(file.parent)
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+    temporary.unlink(missing_ok=True)
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
     with os.fdopen(descriptor, "wb") as target:
         os.fchmod(descriptor, mode)
         target.write(content)
@@ -131,9 +145,42 @@ def write_file(file: Path, content: bytes, mode: int = 0o640) -> None:
     sync_directory(file.parent)
 
 
+def check_directory(directory: Path) -> None:
+    """Raise RefusedError when somebody else could put a link where this process is going to write."""
+    status = directory.lstat()
+    trusted = status.st_uid in (0, os.geteuid()) and not status.st_mode & 0o022
+    if not (stat.S_ISDIR(status.st_mode) and trusted):
+        raise RefusedError(
+            f"{directory} can be written by others (owner {status.st_uid}, mode {stat.filemode(status.st_mode)}): "
+            "nothing is written there; playbooks/backup.yml puts it right"
+        )
+
+
+def read_file(file: Path, owner: str) -> bytes:
+    """Read a file out of another user's directory: only what is a file and his own. Raises RefusedError."""
+    try:
+        descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        raise RefusedError(f"{file} is not read: {error.strerror}") from None
+    with os.fdopen(descriptor, "rb") as source:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_uid != pwd.getpwnam(owner).pw_uid:
+            raise RefusedError(f"{file} is not read: it is no file of {owner}")
+        return source.read()
+
+
 def write_json(file: Path, content: Any) -> None:
     """Write JSON for people and programs."""
     write_file(file, json.dumps(content, indent=1, sort_keys=True).encode() + b"\n")
+
+
+def check_room(directory: Path, needed: float, what: str) -> None:
+    """Raise RefusedError when a file system has not the room that something is going to take."""
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise RefusedError(
+            f"{directory} has {megabytes(free)} free, {what} needs {megabytes(needed)}: nothing was begun; make room"
+        )
 
 
 def sync_directory(directory: Path) -> None:
@@ -148,7 +195,8 @@ def sync_directory(directory: Path) -> None:
 @contextmanager
 def lock(file: Path, *, wait: bool = False) -> Iterator[None]:
     """Hold an exclusive lock; `wait` waits for it. Raises LockedError that names the holder and its age."""
-    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o640)
+    check_directory(file.parent)
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o640)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
