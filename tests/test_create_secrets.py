@@ -24,11 +24,13 @@ def inventory(tmp_path):
     return base
 
 
-def run(inventory: Path, *more: str, password: bool = True) -> subprocess.CompletedProcess:
+def run(
+    inventory: Path, *more: str, password: bool = True, playbook: str = "playbooks/create-secrets.yml"
+) -> subprocess.CompletedProcess:
     environment = {key: value for key, value in os.environ.items() if key != "ANSIBLE_VAULT_PASSWORD_FILE"}
     if password:
         environment["ANSIBLE_VAULT_PASSWORD_FILE"] = str(inventory.parent / "password")
-    command = ["ansible-playbook", "-vvv", "-i", str(inventory), "playbooks/create-secrets.yml", *more]
+    command = ["ansible-playbook", "-vvv", "-i", str(inventory), playbook, *more]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
@@ -67,6 +69,23 @@ def test_without_a_vault_password_it_says_how_to_get_one(inventory):
     assert done.returncode != 0
     assert "ANSIBLE_VAULT_PASSWORD_FILE" in done.stdout + done.stderr
     assert not (inventory / "group_vars/all/vault.yml").exists()
+
+
+@pytest.mark.parametrize("playbook", ["site.yml", "playbooks/rotate-secrets.yml"])
+def test_a_lost_vault_password_ends_every_run_before_its_first_task(inventory, playbook):
+    (inventory / "hosts.yml").write_text("all: {children: {postgresql: {hosts: {host1: {}}}}}\n")
+    assert run(inventory).returncode == 0
+    (inventory.parent / "password").write_text("not the password of this vault\n")
+    vault = inventory / "group_vars/all/vault.yml"
+    before = vault.read_bytes()
+    for password in (True, False):
+        done = run(inventory, playbook=playbook, password=password)
+        assert done.returncode != 0
+        assert "TASK" not in done.stdout
+        said = " ".join(done.stderr.split())
+        assert f"{vault} cannot be decrypted with the configured vault password; nothing was changed. Name" in said
+        assert "docs/operations/rotation.md, 'Without the vault password'" in said
+    assert vault.read_bytes() == before
 
 
 def test_check_mode_writes_nothing(inventory):

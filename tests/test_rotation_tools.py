@@ -1,12 +1,16 @@
 """What a rotation rests on: the authority's steps, values replaced in the vault, keys that stay valid for a while."""
 
 import asyncio
+import datetime
+import grp
 import importlib.util
+import io
 import os
+import pwd
 import shutil
 import time
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import yaml
@@ -31,6 +35,7 @@ certificates = load("roles/tls_certificate/action_plugins/tls_certificate.py")
 vaults = load("playbooks/action_plugins/vault_secrets.py")
 credentials = load("roles/python_service/library/credential_files.py")
 launcher = load("roles/litellm/files/launcher.py")
+tls_files = load("roles/tls_certificate/library/tls_certificate_files.py")
 
 
 def authority(directory, **more):
@@ -79,6 +84,7 @@ def test_an_authority_rolls_over_in_three_steps_and_two_are_trusted_meanwhile(tm
     steps = []
     for count in (2, 2, 1):
         steps.append(authority(tmp_path).advance("next"))
+        authority(tmp_path).advance("done")
         assert len(trusted(tmp_path)) == count
         assert (old in trusted(tmp_path)) is (count == 2)
     assert steps == ["begin", "switch", "finish"]
@@ -124,6 +130,25 @@ def test_a_rollover_killed_at_any_file_is_made_good(tmp_path, step, monkeypatch)
         if not killed:
             return
     pytest.fail("the step never ran to its end")
+
+
+def test_a_step_that_has_not_reached_all_hosts_is_repeated(tmp_path):
+    steps = []
+    for step in ("next", "next", "done", "next", "next", "next", "done", "next", "done", "next"):
+        one = authority(tmp_path)
+        steps.append((one.advance(step), len(trusted(tmp_path))))
+    assert steps == [
+        ("begin", 2),
+        ("begin", 2),
+        ("done", 2),
+        ("switch", 2),
+        ("switch", 2),
+        ("switch", 2),
+        ("done", 2),
+        ("finish", 1),
+        ("done", 1),
+        ("begin", 2),
+    ]
 
 
 def test_a_wrong_passphrase_and_a_lost_key_say_what_to_do(tmp_path):
@@ -176,3 +201,86 @@ def test_a_previous_master_key_is_taken_for_the_present_one_until_its_end():
     headers = [(b"authorization", b"Bearer sk-old"), (b"x-api-key", b"sk-old"), (b"api-key", b"sk-older"), (b"a", b"b")]
     asyncio.run(around({"type": "http", "headers": headers}, None, None))
     assert seen == [{b"authorization": b"Bearer sk-new", b"x-api-key": b"sk-new", b"api-key": b"sk-older", b"a": b"b"}]
+
+
+class Killed(Exception):
+    """Stands for the end of a run that is killed at a step."""
+
+
+def killing(real, left):
+    """Return a function that does what the real one does as long as there are steps left."""
+
+    def step(*arguments, **keywords):
+        if next(left, None) is None:
+            raise Killed
+        return real(*arguments, **keywords)
+
+    return step
+
+
+def new_pair():
+    """Return a key and a certificate for it, in PEM."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "db1")])
+    today = datetime.datetime.now(datetime.UTC)
+    certificate = x509.CertificateBuilder(name, name, key.public_key(), 1, today, today + datetime.timedelta(days=1))
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    public = certificate.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+    return private.decode(), public.decode()
+
+
+@pytest.mark.parametrize("linked", [True, False], ids=["a pair", "two files"])
+def test_key_and_certificate_change_together_wherever_a_run_is_killed(tmp_path, monkeypatch, linked):
+    owner = {"owner": pwd.getpwuid(os.getuid()).pw_name, "group": grp.getgrgid(os.getgid()).gr_name}
+    params = {"usage": "server", "directory": str(tmp_path), "group_reads_key": False, **owner}
+    files = tls_files.Files(SimpleNamespace(params=params, check_mode=False))
+    killed, steps = True, 0
+    while killed:
+        old, new, killed = new_pair(), new_pair(), False
+        if linked:
+            files.write_pair(*old)
+        else:
+            for name, content in zip(("server.key", "server.crt"), old, strict=True):
+                (tmp_path / name).unlink(missing_ok=True)
+                (tmp_path / name).write_text(content)
+        with monkeypatch.context() as patched:
+            left = iter(range(steps))
+            for function in ("rename", "symlink", "unlink", "fsync", "chown", "fchmod"):
+                patched.setattr(os, function, killing(getattr(os, function), left))
+            try:
+                files.write_pair(*new)
+            except Killed:
+                killed, steps = True, steps + 1
+        seen = tuple((tmp_path / name).read_text() for name in ("server.key", "server.crt"))
+        assert seen in (old, new)
+        files.write_pair(*new)
+        assert tuple((tmp_path / name).read_text() for name in ("server.key", "server.crt")) == new
+        assert len(list(tmp_path.glob(".pair-*"))) == 1
+    assert steps > 5
+    assert (tmp_path / "server.key").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_release_that_is_too_old_is_refused_before_it_is_switched_to(monkeypatch):
+    monkeypatch.setattr(launcher.importlib.metadata, "version", lambda _: "1.82.8")
+    with pytest.raises(SystemExit, match=r"LiteLLM 1\.82\.8 is installed there, and at least 1\.83\.9 is needed"):
+        launcher.refuse_older_than("1.83.9")
+    for installed in ("1.83.9", "1.106.2", "2.0.0rc1"):
+        monkeypatch.setattr(launcher.importlib.metadata, "version", lambda _, installed=installed: installed)
+        launcher.refuse_older_than("1.83.9")
+
+
+@pytest.mark.parametrize(
+    ("text", "written"),
+    [
+        ("a verifier: s$t\n", "a verifier: [redacted]\n"),
+        ('"POST /a/s%24t?b=%41 HTTP/1.1" 200\n', '"POST /a/[redacted]?b=A HTTP/1.1" 200\n'),
+        ('"POST /a/s%24t%0Aforged HTTP/1.1" 200\n', '"POST /a/[redacted]%0Aforged HTTP/1.1" 200\n'),
+        ('"POST /a/%41 HTTP/1.1" 100%\n', '"POST /a/%41 HTTP/1.1" 100%\n'),
+    ],
+)
+def test_secrets_are_replaced_in_log_lines_and_in_paths_that_are_encoded_there(text, written):
+    stream = io.StringIO()
+    launcher.Scrubbed(stream, lambda content: content.replace(b"s$t", b"[redacted]")).write(text)
+    assert stream.getvalue() == written

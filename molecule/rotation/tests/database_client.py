@@ -18,6 +18,7 @@ from litellm_sqlalchemy.settings import load_settings
 
 BACKUP = Path("/etc/postgresql-backup/database.json")
 SETTINGS = load_settings(Path("/etc/litellm-sqlalchemy/settings.yml")).database
+LONGEST = 30  # seconds that a query may take
 ENDED = threading.Event()
 PRINTING = threading.Lock()
 
@@ -49,6 +50,8 @@ def work(login: str, rate: float) -> None:
         began, user, error = time.time(), "", ""
         try:
             user = query(login)
+            if (took := time.time() - began) > LONGEST:
+                raise TimeoutError(f"answered after {took:.0f} s")
         except Exception as problem:  # whatever it is, it is what a client would have seen
             error = f"{type(problem).__name__}: {problem}"[:300]
         with PRINTING:

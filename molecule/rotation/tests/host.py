@@ -15,7 +15,9 @@ from typing import Any
 
 import httpx
 import yaml
+from ansible.parsing.vault import VaultLib, VaultSecret
 from load import PYTHON, program
+from podman_pipelined import inside
 
 SCENARIO = Path(__file__).resolve().parents[1]
 PROJECT = SCENARIO.parents[1]
@@ -27,9 +29,7 @@ PASSWORD_FILE = PROJECT / "scripts/vault-password"
 
 def in_host(*command: str, text: str | None = None) -> str:
     """Run a command on the host and return its output."""
-    done = subprocess.run(
-        ["podman", "exec", "--interactive", CONTAINER, *command], input=text, capture_output=True, text=True
-    )
+    done = subprocess.run([*inside(CONTAINER), *command], input=text or "", capture_output=True, text=True)
     assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
     return done.stdout
 
@@ -45,22 +45,25 @@ def enabled(login: str) -> list[str]:
     return psql(f"SELECT rolname FROM pg_authid WHERE rolname ~ '^litellm_{login}_[ab]$' AND rolcanlogin ORDER BY 1")
 
 
-def environment(**more: str) -> dict[str, str]:
+def environment() -> dict[str, str]:
     files = {"ANSIBLE_CONFIG": PROJECT / "ansible.cfg", "ANSIBLE_VAULT_PASSWORD_FILE": PASSWORD_FILE}
-    return os.environ | {name: str(file) for name, file in files.items()} | {"ANSIBLE_NOCOLOR": "1"} | more
+    # The host stays what it is: its facts are gathered once.
+    facts = {"ANSIBLE_CACHE_PLUGIN": "jsonfile", "ANSIBLE_CACHE_PLUGIN_CONNECTION": str(INVENTORY.parent / "facts")}
+    plain = {"ANSIBLE_NOCOLOR": "1", "ANSIBLE_FORCE_COLOR": "0"}  # molecule asks for colours
+    return os.environ | {name: str(file) for name, file in files.items()} | facts | plain
 
 
 def command_line(playbook: str, *arguments: str) -> list[str]:
     return ["ansible-playbook", "-i", str(INVENTORY), playbook, *arguments]
 
 
-def run(playbook: str, *arguments: str, succeeds: bool = True, **variables: str) -> str:
+def run(playbook: str, *arguments: str, succeeds: bool = True) -> str:
     """Run a playbook; return its output, in which no secret may be, with all white space as one space."""
     before = secrets()
     done = subprocess.run(
         command_line(playbook, *arguments),
         cwd=PROJECT,
-        env=environment(**variables),
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=900,
@@ -105,14 +108,14 @@ def running(playbook: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
         process.communicate()
 
 
-def read_until(process: subprocess.Popen[str], pattern: str) -> None:
-    """Read the output of a run up to a line that the pattern is found in."""
+def read_until(process: subprocess.Popen[str], pattern: str) -> str:
+    """Return the output of a run up to a line that the pattern is found in."""
     assert process.stdout is not None
     lines = []
     for line in process.stdout:
         lines.append(line)
         if re.search(pattern, line):
-            return
+            return "".join(lines)
     raise AssertionError(f"no line has {pattern}: {''.join(lines)[-3000:]}")
 
 
@@ -124,26 +127,21 @@ def until(condition: Callable[[], bool], seconds: float, what: str) -> None:
         time.sleep(0.2)
 
 
+@functools.cache
+def vault_library() -> VaultLib:
+    password = subprocess.run([PASSWORD_FILE], check=True, capture_output=True).stdout.strip()
+    return VaultLib([("default", VaultSecret(password))])
+
+
 def secrets() -> dict[str, Any]:
     """Return the decrypted vault."""
-    command = ["ansible-vault", "view", str(VAULT)]
-    text = subprocess.run(command, check=True, capture_output=True, text=True, env=environment(), cwd=PROJECT).stdout
-    vault: dict[str, Any] = yaml.safe_load(text)
+    vault: dict[str, Any] = yaml.safe_load(vault_library().decrypt(VAULT.read_bytes()))
     return vault
 
 
 def edit_secrets(values: dict[str, Any]) -> None:
-    """Set values in the vault as an operator does, with ansible-vault edit; they pass through the environment."""
-    program = "import json, os, sys, yaml; path = sys.argv[1]; vault = yaml.safe_load(open(path))"
-    program += "; open(path, 'w').write(yaml.safe_dump(vault | json.loads(os.environ['VALUES'])))"
-    variables = {"EDITOR": f'python3 -c "{program}"', "VALUES": json.dumps(values)}
-    subprocess.run(
-        ["ansible-vault", "edit", str(VAULT)],
-        check=True,
-        capture_output=True,
-        env=environment(**variables),
-        cwd=PROJECT,
-    )
+    """Set values in the vault, as an operator does with ansible-vault edit."""
+    VAULT.write_bytes(vault_library().encrypt(yaml.safe_dump(secrets() | values)))
 
 
 @functools.cache
@@ -175,22 +173,29 @@ def certificate(port: int) -> str:
     return " ".join(read.split())
 
 
-def refused(login: str, password: str) -> bool:
-    """Return whether both logins of a pair refuse a password, over the network as clients come."""
-    uri = "host=127.0.0.1 dbname=litellm sslmode=verify-full sslrootcert=/etc/litellm-sqlalchemy/ca.crt"
+def accepted(vault: dict[str, Any], *logins: str) -> set[str]:
+    """Return for which of the logins the database takes the password of a vault, over the network as clients come."""
+    passwords = {login: vault[f"vault_litellm_{login}_password"] for login in logins}
+    code = """
+import json, psycopg2, sys
+from concurrent.futures import ThreadPoolExecutor
+
+def is_accepted(login, end, password):
+    server = "host=127.0.0.1 sslmode=verify-full sslrootcert=/etc/litellm-sqlalchemy/ca.crt"
     if login == "backup":
-        uri = "host=/var/run/postgresql dbname=litellm"
-    code = f"""
-import psycopg2, sys
-password = sys.stdin.read()
-for end in "ab":
+        server = "host=/var/run/postgresql"
     try:
-        psycopg2.connect({uri!r} + f" user=litellm_{login}_{{end}}", password=password)
-        print("accepted")
+        psycopg2.connect(f"{server} dbname=litellm user=litellm_{login}_{end}", password=password)
     except psycopg2.OperationalError as error:
         assert "authentication failed" in str(error), error
+        return ""
+    return login
+
+tried = [(login, end, password) for login, password in json.load(sys.stdin).items() for end in "ab"]
+with ThreadPoolExecutor(len(tried)) as pool:
+    print(*pool.map(lambda one: is_accepted(*one), tried))
 """
-    return in_host(PYTHON, "-I", "-c", code, text=password) == ""
+    return set(in_host(PYTHON, "-I", "-c", code, text=json.dumps(passwords)).split())
 
 
 @contextlib.contextmanager

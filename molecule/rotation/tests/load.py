@@ -13,6 +13,7 @@ import httpx
 
 TESTS = Path(__file__).resolve().parent
 PYTHON = "/opt/litellm-sqlalchemy/current/bin/python"
+LONGEST = 60  # seconds that a request may take
 
 
 class Request(NamedTuple):
@@ -29,6 +30,12 @@ def program(container: str, name: str, *arguments: str) -> subprocess.Popen[str]
     source = (TESTS / name).read_text()
     command = ["podman", "exec", "--interactive", container, PYTHON, "-I", "-c", source, *arguments]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def refuse_late(began: float) -> None:
+    """Count a request as failed that was answered when nobody would have waited any longer."""
+    if (took := time.time() - began) > LONGEST:
+        raise TimeoutError(f"answered after {took:.0f} s")
 
 
 class DatabaseClients(threading.Thread):
@@ -77,6 +84,7 @@ class HttpClient(threading.Thread):
             began, call_id, error = time.time(), f"{prefix}-{count}", ""
             try:
                 self.send(client, call_id)
+                refuse_late(began)
             except Exception as problem:  # whatever it is, it is what a client would have seen
                 error = f"{type(problem).__name__}: {problem}"[:300]
             self.ledger.append(Request(began, self.kind, call_id, error))
@@ -88,12 +96,14 @@ class HttpClient(threading.Thread):
     def send(self, client: httpx.Client, call_id: str) -> None:
         """Send one call and read its answer to the end."""
         body = {"model": self.model, "stream": self.model == "slow", "messages": [{"role": "user", "content": call_id}]}
-        headers = {"x-litellm-call-id": call_id}
+        headers = {"x-litellm-call-id": call_id, "X-Forwarded-For": "203.0.113.9"}  # forged
         with client.stream("POST", "/v1/chat/completions", json=body, headers=headers) as answer:
             text = "".join(answer.iter_text())
         if answer.status_code != 200:
             raise RuntimeError(f"HTTP {answer.status_code}: {text[:200]}")
-        if body["stream"] and not text.rstrip().endswith("data: [DONE]"):
+        if not body["stream"] and "Hello from the demo model." not in text:
+            raise RuntimeError(f"not the whole answer: {text[:200]}")
+        if body["stream"] and not ("word9 " in text and text.rstrip().endswith("data: [DONE]")):
             raise RuntimeError("the stream ended before its end")
 
     def stop(self) -> None:

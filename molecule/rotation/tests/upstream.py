@@ -8,7 +8,7 @@ import sys
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-CHUNKS, PAUSE = 16, 0.5  # seconds between chunks
+CHUNKS, PAUSE = 10, 0.5  # seconds between chunks
 
 
 class Slow(BaseHTTPRequestHandler):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import os
 import platform
+import select
+import signal
+import socket
 from pathlib import Path
 
 from ansible import constants
@@ -24,9 +28,9 @@ def started(process: int) -> str:
 
 
 def machine() -> str:
-    """Return what names this machine until it boots again."""
+    """Return what names this machine until it boots again; a container counts its processes by itself."""
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + " " + os.readlink("/proc/self/ns/pid")
     except OSError:
         return platform.node()
 
@@ -49,6 +53,23 @@ def is_gone(holder: dict[str, str]) -> bool:
     return started(int(holder["process"])) != holder["started"]
 
 
+def ear(holder: dict[str, str]) -> str:
+    """Return the address, in Linux's abstract namespace, at which a run's watcher hears that the lock was released."""
+    return f"\0litellm-gateway-lock-{holder['process']}-{holder['started']}"
+
+
+def leave_the_run() -> None:
+    """Hold nothing of ansible-playbook, which may be waited for, and outlive what ends it."""
+    os.setsid()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    for file in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            if os.readlink(f"/proc/self/fd/{file}").startswith(("pipe:", "socket:")):
+                os.close(int(file))
+    DISPLAY._final_q = None
+
+
 class ActionModule(ActionBase):
     """Options: `state` (taken or released), `path`, `break` (take it whoever holds it)."""
 
@@ -64,7 +85,8 @@ class ActionModule(ActionBase):
         try:
             answer = self.module(state, mine)
             holder = answer.get("holder", mine)
-            if state == "taken" and holder != mine and (is_gone(holder) or self._task.args.get("break")):
+            over = answer.get("ended") or self._task.args.get("break")
+            if state == "taken" and holder != mine and (over or is_gone(holder)):
                 before, age = holder, answer["age"]
                 answer = self.module("replaced", mine, holder)
                 holder = answer.get("holder", mine)
@@ -82,7 +104,35 @@ class ActionModule(ActionBase):
                 f"{answer['age']} s. Wait until it has ended, then run this again. If that machine is surely gone, "
                 "take the lock over with -e deployment_lock_break=true."
             )
+        if not self._task.check_mode and not answer.get("failed"):
+            if state == "taken":
+                self.watch(mine)
+            else:
+                with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as mouth, contextlib.suppress(OSError):
+                    mouth.sendto(b"released", ear(mine))
         return dict(result, changed=False)
+
+    def watch(self, mine: dict[str, str]) -> None:
+        """Leave a process that notes it in the lock when this run fails, is interrupted or is killed.
+
+        Where the system cannot watch a process, the next run from this machine still sees that the holder is gone.
+        """
+        try:
+            run = os.pidfd_open(int(mine["process"]))
+        except (AttributeError, OSError):
+            return
+        if os.fork():
+            os.close(run)
+            return
+        try:
+            leave_the_run()
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as heard:
+                heard.bind(ear(mine))  # fails where this run has a watcher already
+                ready, _, _ = select.select([run, heard], [], [])
+                if heard not in ready:
+                    self.module("abandoned", mine)
+        finally:
+            os._exit(0)
 
     def module(self, state: str, holder: dict[str, str], expected: dict[str, str] | None = None) -> dict:
         """Run deployment_lock_file on the host; a host that cannot run modules yet is left to the preflight."""

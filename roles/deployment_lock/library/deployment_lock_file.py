@@ -21,9 +21,9 @@ options:
     type: path
     required: true
   state:
-    description: Take the lock, replace what C(expected) holds, or release it.
+    description: Take the lock, replace what C(expected) holds, release it, or note that its holder has ended.
     type: str
-    choices: [taken, replaced, released]
+    choices: [taken, replaced, released, abandoned]
     required: true
   holder:
     description: Who takes the lock.
@@ -52,6 +52,10 @@ age:
   description: Seconds since it was taken.
   type: int
   returned: always
+ended:
+  description: Whether its holder is known to have ended without releasing it.
+  type: bool
+  returned: always
 """
 
 
@@ -63,11 +67,17 @@ def read(path):
         return {}
 
 
+def write(path, content):
+    with open(f"{path}.new", "w", encoding="utf-8") as file:
+        json.dump(content, file)
+    os.rename(f"{path}.new", path)
+
+
 def main():
     module = AnsibleModule(
         argument_spec={
             "path": {"type": "path", "required": True},
-            "state": {"type": "str", "choices": ["taken", "replaced", "released"], "required": True},
+            "state": {"type": "str", "choices": ["taken", "replaced", "released", "abandoned"], "required": True},
             "holder": {"type": "dict", "required": True},
             "expected": {"type": "dict", "default": {}},
         },
@@ -77,19 +87,20 @@ def main():
     with open(f"{path}.guard", "w", encoding="utf-8") as guard:
         fcntl.flock(guard, fcntl.LOCK_EX)
         present = read(path)
-        since = present.pop("since", time.time())
+        since, ended = present.pop("since", time.time()), present.pop("ended", False)
         mine = present == holder
         if state == "released":
             if mine and not module.check_mode:
                 os.unlink(path)
-            module.exit_json(changed=False, holder={} if mine else present, age=0)
-        if not present or mine or (state == "replaced" and present == module.params["expected"]):
+            module.exit_json(changed=False, holder={} if mine else present, age=0, ended=False)
+        if state == "abandoned":
+            if mine:
+                write(path, dict(holder, since=since, ended=True))
+        elif not present or mine or (state == "replaced" and present == module.params["expected"]):
             if not module.check_mode and not mine:
-                with open(f"{path}.new", "w", encoding="utf-8") as file:
-                    json.dump(dict(holder, since=time.time()), file)
-                os.rename(f"{path}.new", path)
-            module.exit_json(changed=False, holder=holder, age=0)
-    module.exit_json(changed=False, holder=present, age=int(time.time() - since))
+                write(path, dict(holder, since=time.time()))
+            module.exit_json(changed=False, holder=holder, age=0, ended=False)
+    module.exit_json(changed=False, holder=present, age=int(time.time() - since), ended=ended)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Start one LiteLLM instance, or check a configuration, with systemd's credentials as environment variables.
 
-Usage: launcher.py CONFIG HOST FIRST_PORT INSTANCE | launcher.py --check
+Usage: launcher.py CONFIG HOST FIRST_PORT INSTANCE | launcher.py --check MINIMUM_VERSION
 
 The credentials are put into the environment of the running program only: /proc/PID/environ and `systemctl show` never
 hold them. systemd is told that the unit is ready when LiteLLM's readiness check answers.
@@ -8,8 +8,10 @@ hold them. systemd is told that the unit is ready when LiteLLM's readiness check
 
 import hmac
 import http.client
+import importlib.metadata
 import importlib.util
 import os
+import re
 import socket
 import sys
 import threading
@@ -18,8 +20,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-PREVIOUS_KEYS = "LITELLM_MASTER_KEY_PREVIOUS"
+PREVIOUS_KEYS = "key_LITELLM_MASTER_KEY_PREVIOUS.cred"
 HOOKS = "LITELLM_WORKER_STARTUP_HOOKS"
+#: A printable character as URLs encode it; what else is encoded stays so, or a client could make up lines of a log.
+ENCODED = re.compile(rb"%([2-6][0-9A-Fa-f]|7[0-9A-Ea-e])")
 
 
 class PreviousKeys:
@@ -52,7 +56,12 @@ class Scrubbed:
         self.stream, self.scrub = stream, scrub
 
     def write(self, text: str) -> int:
-        self.stream.write(self.scrub(text.encode(errors="replace")).decode(errors="replace"))
+        content = text.encode(errors="replace")
+        clean = self.scrub(content)
+        decoded = ENCODED.sub(lambda found: bytes([int(found[1], 16)]), content)
+        if decoded != content and (scrubbed := self.scrub(decoded)) != decoded:
+            clean = scrubbed  # a path in the access log, whose secret shows only so
+        self.stream.write(clean.decode(errors="replace"))
         return len(text)
 
     def __getattr__(self, name: str) -> Any:
@@ -88,12 +97,23 @@ def leave_link() -> None:
 
 
 def load_credentials() -> Path:
-    """Put each credential into the environment under its name."""
+    """Put each credential, key_<name>.cred, into the environment under its name."""
     directory = Path(os.environ["CREDENTIALS_DIRECTORY"])
-    for file in directory.iterdir():
-        if file.name.isidentifier() and file.name != PREVIOUS_KEYS:
-            os.environ[file.name] = file.read_text().strip()
+    for file in directory.glob("key_*.cred"):
+        if file.name != PREVIOUS_KEYS:
+            os.environ[file.stem.removeprefix("key_")] = file.read_text().strip()
     return directory
+
+
+def numbers(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version)[:3]]
+
+
+def refuse_older_than(minimum: str) -> None:
+    """Exit when the LiteLLM that is installed, whatever the lock says, is older."""
+    installed = importlib.metadata.version("litellm")
+    if numbers(installed) < numbers(minimum):
+        sys.exit(f"LiteLLM {installed} is installed there, and at least {minimum} is needed: lock a later one")
 
 
 def is_ready(host: str, port: int) -> bool:
@@ -119,6 +139,7 @@ def main() -> None:
     keep_secrets_out_of_the_journal()
     credentials = load_credentials()
     if sys.argv[1] == "--check":
+        refuse_older_than(sys.argv[2])
         arguments = ["--config", str(credentials / "config.yaml"), "--validate_config"]
     else:
         config, host, first_port, instance = sys.argv[1:]

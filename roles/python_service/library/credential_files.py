@@ -39,6 +39,12 @@ options:
       - Whether the files are encrypted for LoadCredentialEncrypted, with the host's key and, where it has one, its TPM.
     type: bool
     default: false
+  prune:
+    description:
+      - Whether files that are not listed are removed. Without, they stay for what was started with them until a later
+        call removes them; what C(overlap) has ended is removed in any case.
+    type: bool
+    default: true
   validate:
     description:
       - Command that must accept what is new before any file is replaced. It finds these files in the folder that
@@ -71,7 +77,7 @@ removed:
 PREVIOUS = "_PREVIOUS"
 #: Where new credentials are tried: in memory, and gone after a boot.
 TRIALS = "/run/credential-trial-"
-#: Behind the names of encrypted files; what is sealed in is the name without it, as units know the credential.
+#: Behind the names of encrypted files.
 ENCRYPTED = ".cred"
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
@@ -102,8 +108,9 @@ class Folder:
             return None
         if not self.encrypt:
             return content
-        # Without the module's own run_command, which would turn bytes into text and log the command.
-        command = ["systemd-creds", "decrypt", "--name", name, "-", "-"]
+        # Without the module's own run_command, which would turn bytes into text and log the command. The name is that
+        # of no file: what carries a name, from before units took the whole folder, is not opened but written anew.
+        command = ["systemd-creds", "decrypt", "--name=none", "-", "-"]
         opened = subprocess.run(command, input=content, capture_output=True, check=False)
         return opened.stdout if opened.returncode == 0 else None
 
@@ -118,7 +125,8 @@ class Folder:
         """Replace a credential at once."""
         if self.encrypt:
             # Bound to the TPM, not to what it has measured: an update of the firmware must not lock the gateway out.
-            command = ["systemd-creds", "encrypt", "--with-key=auto", "--tpm2-pcrs=", "--name", name, "-", "-"]
+            # Without a name in it: a unit that takes the whole folder knows it by another one.
+            command = ["systemd-creds", "encrypt", "--with-key=auto", "--tpm2-pcrs=", "--name=", "-", "-"]
             sealed = subprocess.run(command, input=content, capture_output=True, check=False)
             if sealed.returncode:
                 said = sealed.stderr.decode(errors="replace").strip()
@@ -173,6 +181,7 @@ def main():
             "credentials": {"type": "dict", "required": True, "no_log": True},
             "overlap": {"type": "dict", "default": {}},
             "encrypt": {"type": "bool", "default": False},
+            "prune": {"type": "bool", "default": True},
             "validate": {"type": "list", "elements": "str", "default": []},
         },
         supports_check_mode=True,
@@ -190,8 +199,12 @@ def main():
             module.fail_json(msg=f"the credential {name} is empty: give it a value or take it out of the list")
 
     present = set(os.listdir(directory)) if os.path.isdir(directory) else set()
-    written = sorted(name for name, value in credentials.items() if not folder.is_current(name, content_of(value)))
-    removed = sorted(present - set(map(folder.file, credentials)))
+    unlisted = present - set(map(folder.file, credentials))
+    ended = {name for name in module.params["overlap"] if folder.file(name + PREVIOUS) in unlisted}
+    # Without an overlap nothing may go on with the old value: a new file tells who read the one before.
+    written = {name for name in ended if not int(module.params["overlap"][name])}
+    written |= {name for name, value in credentials.items() if not folder.is_current(name, content_of(value))}
+    removed = sorted(unlisted if module.params["prune"] else {folder.file(name + PREVIOUS) for name in ended})
     status = os.stat(directory) if os.path.isdir(directory) else None
     wrong_directory = status is None or (status.st_mode & 0o7777, status.st_uid) != (0o700, 0)
     if not module.check_mode:
@@ -205,7 +218,7 @@ def main():
             folder.write(name, content_of(credentials[name]))
         for name in removed:
             os.remove(os.path.join(directory, name))
-    module.exit_json(changed=bool(written or removed or wrong_directory), written=written, removed=removed)
+    module.exit_json(changed=bool(written or removed or wrong_directory), written=sorted(written), removed=removed)
 
 
 if __name__ == "__main__":

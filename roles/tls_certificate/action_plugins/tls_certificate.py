@@ -9,6 +9,7 @@ Files in `ca_directory` on the controller:
     ca.crt                     what clients trust: one authority, two while one takes over from the other
     next.key, next.crt         the authority that will sign, between `begin` and `switch`
     previous.crt               the authority that signed before, between `switch` and `finish`
+    unfinished                 the step that has begun, until the caller says that it has reached all hosts (`done`)
 """
 
 from __future__ import annotations
@@ -192,7 +193,10 @@ class Authority:
             return file.read()
 
     def next_step(self) -> str:
-        """Return the step that comes next in a rollover."""
+        """Return the step that comes next in a rollover: the last one, as long as it has not reached all hosts."""
+        if os.path.exists(self.path("unfinished")):
+            with open(self.path("unfinished"), encoding="ascii") as file:
+                return file.read()
         if os.path.exists(self.path("next.key")):
             return "switch"
         return "finish" if os.path.exists(self.path("previous.crt")) else "begin"
@@ -200,6 +204,11 @@ class Authority:
     def advance(self, step: str) -> str:
         """Take a step of a rollover, and return it; one that was taken already changes nothing."""
         self.keep()
+        if step == "done":
+            with contextlib.suppress(FileNotFoundError):
+                if not self.check_mode:
+                    os.unlink(self.path("unfinished"))
+            return step
         step = self.next_step() if step == "next" else step
         done = {
             "begin": os.path.exists(self.path("next.key")) or os.path.exists(self.path("previous.crt")),
@@ -214,6 +223,7 @@ class Authority:
         if self.check_mode:
             return step
         self.key()  # a wrong passphrase ends it here, before anything has changed
+        write(self.path("unfinished"), step.encode(), 0o644)
         if step == "begin":
             self.make("next.key", "next.crt")
         elif step == "switch":

@@ -6,6 +6,7 @@ from __future__ import annotations
 import grp
 import os
 import pwd
+import shutil
 import tempfile
 
 from ansible.module_utils.basic import AnsibleModule
@@ -16,7 +17,9 @@ short_description: Make the TLS key of a server or client on its host, and insta
 description:
   - Keeps server.key, server.crt (client.key, client.crt) and ca.crt in a directory. Used by the action tls_certificate.
   - Without certificate it makes what is missing and returns a signing request. A new key waits in server.key.new until
-    the certificate for it is installed, then key and certificate are renamed into place together.
+    the certificate for it is installed.
+  - Key and certificate lie in a directory of their own, which the link C(pair) points to, and their names are links
+    into it, so that both change at once. A run that is killed leaves the pair as it was, or the new one.
 options:
   usage:
     description: What the certificate is for, which names the files.
@@ -140,6 +143,61 @@ class Files:
             os.fsync(file.fileno())
         os.rename(aside, self.path(name))
 
+    def link(self, target, name):
+        """Point a name to a target at once; a file that has the name is replaced."""
+        if os.path.islink(self.path(name)) and os.readlink(self.path(name)) == target:
+            return
+        aside = self.path(f".new-{name}")
+        if os.path.lexists(aside):
+            os.unlink(aside)
+        os.symlink(target, aside)
+        os.rename(aside, self.path(name))
+
+    def write_pair(self, key, certificate):
+        """Replace key and certificate by one rename, when one of them differs."""
+        wanted = {self.key: (key, self.key_mode), self.certificate: (certificate, 0o644)}
+        linked = all(os.path.islink(self.path(name)) for name in wanted)
+        if linked and all(self.read(name) == content for name, (content, _mode) in wanted.items()):
+            for name, (_content, mode) in wanted.items():
+                self.own(self.path(name), mode)
+            self.remove_other_pairs()
+            return
+        self.changed = True
+        if self.module.check_mode:
+            return
+        if not linked and os.path.exists(self.path(self.certificate)):
+            # Files from before there were pairs become one first, as they are.
+            present = {name: (self.read(name), mode) for name, (_content, mode) in wanted.items()}
+            self.point_to(self.new_pair(present), wanted)
+        self.point_to(self.new_pair(wanted), wanted)
+
+    def new_pair(self, files):
+        """Return the name of a new directory with these files."""
+        directory = tempfile.mkdtemp(dir=self.directory, prefix=".pair-")
+        for name, (content, mode) in files.items():
+            with open(os.path.join(directory, name), "w", encoding="ascii") as file:
+                file.write(content)
+                os.fchown(file.fileno(), *self.owner)
+                os.fchmod(file.fileno(), mode)
+                file.flush()
+                os.fsync(file.fileno())
+        os.chown(directory, *self.owner)
+        os.chmod(directory, os.stat(self.directory).st_mode & 0o7777)
+        return os.path.basename(directory)
+
+    def point_to(self, pair, names):
+        """Put a pair into place."""
+        self.link(pair, "pair")
+        for name in names:
+            self.link(f"pair/{name}", name)
+        self.remove_other_pairs()
+
+    def remove_other_pairs(self):
+        """Remove the pairs that were replaced, and what a run that was killed left."""
+        for other in os.listdir(self.directory):
+            if other.startswith(".pair-") and other != os.readlink(self.path("pair")) and not self.module.check_mode:
+                shutil.rmtree(self.path(other))
+
     def make_key(self, name):
         """Make a key aside and rename it: a run killed here leaves no half key behind."""
         self.changed = True
@@ -185,14 +243,11 @@ def main():
     present = os.path.exists(files.path(files.key))
     pending = os.path.exists(files.path(f"{files.key}.new"))
     if not module.check_mode:
-        if not present:
-            files.make_key(files.key)
-        elif params["new_key"] and not pending:
+        if (not present or params["new_key"]) and not pending:
             files.make_key(f"{files.key}.new")
             pending = True
     elif not present:
         module.exit_json(changed=True, request="", pending=False, certificate="")
-    files.own(files.path(files.key), files.key_mode)
     key = files.path(f"{files.key}.new" if pending else files.key)
     subject = f"/CN={params['common_name'][:64]}"
     request = module.run_command(["openssl", "req", "-new", "-key", key, "-subj", subject], check_rc=True)[1]
@@ -200,17 +255,16 @@ def main():
 
 
 def install(files, params):
-    """Put certificate, authorities and key into place; the waiting key is taken when the certificate is for it."""
+    """Put authorities, key and certificate into place; the waiting key is taken when the certificate is for it."""
     files.write("ca.crt", params["authorities"], 0o644)
-    waiting = files.path(f"{files.key}.new")
-    if params["key"]:
-        files.write(files.key, params["key"], files.key_mode)
-    elif os.path.exists(waiting) and not files.module.check_mode:
+    key, waiting = params["key"] or files.read(files.key), files.path(f"{files.key}.new")
+    if not params["key"] and os.path.exists(waiting) and not files.module.check_mode:
         wanted = files.public_key(["x509", "-noout", "-pubkey"], params["certificate"])
         if files.public_key(["pkey", "-in", waiting, "-pubout"]) == wanted:
-            files.changed = True
-            os.rename(waiting, files.path(files.key))
-    files.write(files.certificate, params["certificate"], 0o644)
+            key = files.read(os.path.basename(waiting))
+    files.write_pair(key, params["certificate"])
+    if os.path.exists(waiting) and files.read(os.path.basename(waiting)) == key:
+        os.unlink(waiting)
 
 
 if __name__ == "__main__":

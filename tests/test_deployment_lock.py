@@ -1,0 +1,139 @@
+"""One run at a time: who holds the lock, and what becomes of it when a run ends, however it ends."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+BROKEN_OFF = "The run before this one was broken off"
+
+
+class Deployment:
+    """A deployment whose lock lies on this machine."""
+
+    def __init__(self, directory: Path) -> None:
+        """Write its inventory, and a playbook that takes the lock, does `work` and releases it."""
+        self.directory, self.lock, self.working = directory, directory / "lock", directory / "working"
+        here = {"connection": "local", "become": False, "python_interpreter": sys.executable}
+        variables = {f"ansible_{name}": value for name, value in here.items()}
+        variables["deployment_lock_path"] = str(self.lock)
+        hosts = {"all": {"vars": variables, "children": {"postgresql": {"hosts": {"db1": None}}}}}
+        (directory / "hosts.yml").write_text(yaml.safe_dump(hosts))
+        work = {"name": "Work", "ansible.builtin.shell": "{{ work }}", "changed_when": False}
+        plays = [
+            {"name": "Take", "import_playbook": str(ROOT / "playbooks/take-lock.yml")},
+            {"name": "Work", "hosts": "postgresql", "gather_facts": False, "tasks": [work]},
+            {"name": "Release", "import_playbook": str(ROOT / "playbooks/release-lock.yml")},
+        ]
+        (directory / "play.yml").write_text(yaml.safe_dump(plays))
+
+    def start(self, work: str = "true", *prefix: str) -> subprocess.Popen[str]:
+        command = ["ansible-playbook", "-i", str(self.directory / "hosts.yml"), str(self.directory / "play.yml")]
+        return subprocess.Popen(
+            [*prefix, *command, "-e", json.dumps({"work": work})],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+
+    def at_work(self, *prefix: str) -> subprocess.Popen[str]:
+        """Return a run that holds the lock until it is killed."""
+        run = self.start(f"touch {self.working}; exec sleep 600", *prefix)
+        until(self.working.exists)
+        return run
+
+    def run(self) -> str:
+        run = self.start()
+        output = run.communicate(timeout=60)[0]
+        assert run.returncode == 0, output
+        return output
+
+    def has_ended(self) -> bool:
+        return bool(json.loads(self.lock.read_text()).get("ended"))
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def deployment(tmp_path: Path) -> Deployment:
+    return Deployment(tmp_path)
+
+
+def test_a_run_that_ends_well_leaves_no_lock(deployment: Deployment) -> None:
+    assert BROKEN_OFF not in deployment.run()
+    assert not deployment.lock.exists()
+    assert BROKEN_OFF not in deployment.run()
+
+
+def test_a_run_that_fails_frees_the_lock_for_every_other_machine(deployment: Deployment) -> None:
+    run = deployment.start("exit 3")
+    assert "non-zero return code" in run.communicate(timeout=60)[0]
+    until(deployment.has_ended)
+    # as it is seen from a machine that cannot know whether the process runs
+    held = json.loads(deployment.lock.read_text()) | {"machine": "another", "who": "someone@elsewhere"}
+    deployment.lock.write_text(json.dumps(held))
+    assert f"{BROKEN_OFF}: someone@elsewhere, process {run.pid}, begun" in deployment.run()
+    assert not deployment.lock.exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_run_that_is_ended_from_outside_frees_the_lock(deployment: Deployment, number: signal.Signals) -> None:
+    run = deployment.at_work()
+    os.killpg(run.pid, number)
+    run.communicate(timeout=60)
+    until(deployment.has_ended)
+    assert BROKEN_OFF in deployment.run()
+
+
+def test_a_second_run_stops_at_once_and_names_the_first(deployment: Deployment) -> None:
+    first = deployment.at_work()
+    try:
+        second = deployment.start()
+        output = " ".join(second.communicate(timeout=60)[0].split())
+        assert second.returncode != 0
+        assert f"process {first.pid}, for" in output
+        assert "-e deployment_lock_break=true" in output
+        assert "TASK [Work]" not in output
+        assert not deployment.has_ended()
+    finally:
+        os.killpg(first.pid, signal.SIGKILL)
+        first.communicate()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="a namespace of its own for processes takes root's rights")
+def test_a_controller_in_a_container_is_not_taken_for_a_process_that_is_gone(deployment: Deployment) -> None:
+    """Its process has a number that here means another process, or none."""
+    first = deployment.at_work("unshare", "--fork", "--pid", "--mount-proc", "--kill-child")
+    try:
+        second = deployment.start()
+        assert "Another run is at work on this deployment" in second.communicate(timeout=60)[0]
+        assert second.returncode != 0
+    finally:
+        os.killpg(first.pid, signal.SIGKILL)
+        first.communicate()
+
+
+def test_a_process_number_that_was_used_again_holds_no_lock(deployment: Deployment) -> None:
+    run = deployment.at_work()
+    os.killpg(run.pid, signal.SIGKILL)
+    run.communicate()
+    until(deployment.has_ended)
+    held = json.loads(deployment.lock.read_text()) | {"ended": False, "process": str(os.getpid())}
+    deployment.lock.write_text(json.dumps(held))
+    assert BROKEN_OFF in deployment.run()
