@@ -238,6 +238,23 @@ def test_one_off_host_place_is_enough_and_two_are_too_many():
     assert STRONG not in report
 
 
+@pytest.mark.parametrize(
+    "place",
+    [
+        {"postgresql_backup_offsite_host": {"host": "10.0.0.7", "host_keys": []}},
+        {"postgresql_backup_offsite_host": {"host": "localhost", "host_keys": []}},
+        {"postgresql_backup_offsite_s3": {"endpoint": "127.0.0.1", "secret": STRONG}},
+        {},
+    ],
+)
+def test_a_copy_on_the_database_host_itself_is_no_off_host_copy(place):
+    hosts = {"role_hosts": {**scene().role_hosts, **({} if place else {"postgresql_backup_store": ["db1"]})}}
+    assert "backup-offsite" not in found(scene(db=place, **hosts))[0]
+    ids, report = found(scene(db={"postgresql_backup_offsite_required": True, **place}, **hosts))
+    assert "backup-offsite" in ids
+    assert "is the database host itself" in report
+
+
 def test_a_required_variable_may_come_from_a_playbook():
     run = scene()
     del run.hosts[1].values["litellm_logger_database_host"]

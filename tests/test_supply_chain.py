@@ -2,8 +2,11 @@
 
 import importlib.util
 import json
+import os
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from types import ModuleType
 
@@ -43,6 +46,85 @@ def test_the_bill_of_materials_of_this_environment_is_valid_and_complete():
     by_name = {component["name"]: component for component in bill["components"]}
     assert by_name["pytest"]["licenses"] == [{"license": {"id": "MIT"}}]
     assert by_name["pytest"]["purl"].startswith("pkg:pypi/pytest@")
+
+
+LOCKS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for directory in ("roles", "scripts", "molecule")
+    for path in (ROOT / directory).rglob("*requirements.txt")
+)
+
+
+def test_the_audit_knows_every_lock_that_is_installed_on_hosts_or_here():
+    assert set(audit.LOCKS) == {lock for lock in LOCKS if not lock.startswith("molecule/")}
+
+
+@pytest.mark.parametrize("lock", LOCKS)
+def test_every_requirement_is_pinned_with_hashes(lock):
+    text = "\n".join(line for line in (ROOT / lock).read_text().splitlines() if not line.lstrip().startswith("#"))
+    requirements = [entry.split() for entry in text.replace("\\\n", " ").splitlines() if entry.strip()]
+    assert requirements
+    for pin, *rest in requirements:
+        assert re.fullmatch(r"[\w.-]+(\[[\w,-]+\])?==[\w.!+]+", pin), pin
+        hashes = [word for word in rest if word.startswith("--hash=")]
+        assert hashes, pin
+        assert [word for word in hashes if not re.fullmatch("--hash=sha256:[0-9a-f]{64}", word)] == []
+        assert [word for word in rest if word.startswith("-") and word not in hashes] == [], "names an index"
+
+
+def test_the_tools_lock_has_a_hash_of_every_file():
+    packages = tomllib.loads((ROOT / "uv.lock").read_text())["package"]
+    fetched = [package for package in packages if "registry" in package["source"]]
+    assert len(fetched) > 100
+    assert {tuple(one["source"]) for one in packages if one not in fetched} <= {("virtual",), ("editable",)}
+    for package in fetched:
+        files = [*package.get("wheels", []), *([package["sdist"]] if "sdist" in package else [])]
+        assert files, package["name"]
+        assert all(file["hash"].startswith("sha256:") for file in files), package["name"]
+
+
+PLAYBOOK = """
+- hosts: localhost
+  gather_facts: false
+  tasks: [{ansible.builtin.include_tasks: case.yml, loop: "{{ locks }}", loop_control: {loop_var: lock}}]
+"""
+CASE = """
+- block:
+    - ansible.builtin.include_role: {name: litellm, tasks_from: check}
+      vars:
+        litellm_requirements_file: "{{ lock }}"
+        litellm_master_key: sk-0123456789abcdef
+        litellm_models: []
+        litellm_bind_address: 127.0.0.1
+    - {ansible.builtin.debug: {msg: "VERDICT accepted"}}
+  rescue:
+    - {ansible.builtin.debug: {msg: "VERDICT {{ ansible_failed_result.msg }}"}}
+"""
+REFUSED = {
+    "litellm==1.82.7 --hash=sha256:0": "pins LiteLLM 1.82.7: at least 1.83.9 is needed",  # held malware
+    "litellm[proxy]==1.83.8 --hash=sha256:0": "pins LiteLLM 1.83.8: at least 1.83.9 is needed",
+    "other==1 --hash=sha256:0": "pins LiteLLM 0: at least",
+    "litellm==1.106.2": "must pin every package with its hashes",
+    "--index-url https://example.org/simple\nlitellm==1.106.2 --hash=sha256:0": "name no index",
+    "-e ./here\nlitellm==1.106.2 --hash=sha256:0": "name no index",
+    "litellm[proxy]==1.106.2 --hash=sha256:0": "accepted",
+}
+
+
+def test_the_role_refuses_unsafe_versions_and_locks(tmp_path):
+    locks = [tmp_path / f"{number}.txt" for number in range(len(REFUSED))]
+    for path, lock in zip(locks, REFUSED, strict=True):
+        path.write_text(f"{lock}\n")
+    (tmp_path / "playbook.yml").write_text(PLAYBOOK)
+    (tmp_path / "case.yml").write_text(CASE)
+    variables = json.dumps({"locks": list(map(str, locks))})
+    command = ["ansible-playbook", "-i", "localhost,", "-c", "local", "-e", variables, "playbook.yml"]
+    environment = os.environ | {"ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_ROLES_PATH": str(ROOT / "roles")}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    verdicts = " ".join(done.stdout.split()).split("VERDICT ")[1:]
+    assert len(verdicts) == len(REFUSED)
+    assert [(says, said) for says, said in zip(REFUSED.values(), verdicts, strict=True) if says not in said] == []
 
 
 CLEAN = {"name": "a", "version": "1", "vulns": []}

@@ -1,7 +1,8 @@
 """Break what each item of the CIS benchmark looks at, one after the other, and print what the item said as JSON.
 
-Runs as root on the database's host. For each item: whether it held before, and whether it holds while broken; items
-that do not hold in a deployment (they have exceptions) are mended instead. What takes a restart is broken together.
+Runs as root on the database's host. For each item: whether it held before, and whether it holds while broken in each
+way that it looks at; items that do not hold in a deployment (they have exceptions) are mended instead. What takes a
+restart, and settings of one item that names the wrong ones, are broken together.
 """
 
 import contextlib
@@ -57,40 +58,87 @@ SETTINGS = {
     "3.1.24": ("log_line_prefix", "%m [%p] "),
     "3.1.25": ("log_statement", "ddl"),
     "3.1.26": ("log_timezone", "Europe/Berlin"),
-    "3.2": ("pgaudit.log", "write"),
-    "6.2": ("jit_profiling_support", "on"),
-    "6.4": ("full_page_writes", "off"),
-    "6.5": ("zero_damaged_pages", "on"),
-    "6.8": ("ssl", "off"),
+    "3.2 pgaudit.log": ("pgaudit.log", "write"),
+    "3.2 pgaudit.log_parameter": ("pgaudit.log_parameter", "on"),
+    "6.8 ssl": ("ssl", "off"),
     "6.9": ("ssl_min_protocol_version", "TLSv1.2"),
     "6.10": ("ssl_ciphers", "DEFAULT"),
     "7.2": ("log_replication_commands", "off"),
-    "8.1": ("temp_file_limit", "-1"),
-    "8.3": ("dynamic_library_path", "$libdir:/tmp"),
+    "7.4 archive_command": ("archive_command", ""),
+    "8.1 temp_file_limit": ("temp_file_limit", "-1"),
+    "8.1 log_directory": ("log_directory", "log"),
+    "8.3 dynamic_library_path": ("dynamic_library_path", "$libdir:/tmp"),
 }
+# Put in force by one reload for each line: of these items, which name what is wrong, each setting has to be named.
+NAMED = (
+    ("6.2", {"ignore_system_indexes": "on", "jit_debugging_support": "on", "jit_profiling_support": "on"}),
+    ("6.2", {"log_connections": "off", "log_disconnections": "off", "post_auth_delay": "1"}),
+    ("6.4", {"fsync": "off", "full_page_writes": "off", "allow_alter_system": "on", "pre_auth_delay": "1"}),
+    ("6.5", {"allow_system_table_mods": "on", "ignore_checksum_failure": "on", "zero_damaged_pages": "on"}),
+    (
+        "6.5",
+        {
+            "lo_compat_privileges": "on",
+            "session_replication_role": "replica",
+            "session_preload_libraries": "auto_explain",
+        },
+    ),
+)
 # Put in force by one restart for all.
 RESTARTED = {
     "3.1.3": ("logging_collector", "off"),
     "5.2": ("listen_addresses", "*"),
-    "5.6": ("shared_preload_libraries", "pgaudit, auth_delay"),
-    "6.3": ("ignore_invalid_pages", "on"),
-    "7.4": ("archive_mode", "off"),
+    "5.6": ("shared_preload_libraries", "auth_delay"),
+    "6.3 ignore_invalid_pages": ("ignore_invalid_pages", "on"),
+    "6.3 data_sync_retry": ("data_sync_retry", "on"),
+    "7.4 archive_mode": ("archive_mode", "off"),
+    "8.3 unix_socket_directories": ("unix_socket_directories", "/var/run/postgresql, /tmp"),
 }
+ROLE = "DROP ROLE broken"
+FUNCTION = "CREATE FUNCTION broken() RETURNS int LANGUAGE sql SECURITY DEFINER {} AS 'SELECT 1'"
+PUBLIC = "REVOKE ALL ON {} FROM PUBLIC"
 # (database, statement, statement that takes it back)
 STATEMENTS = {
-    "4.3": ("postgres", "CREATE ROLE broken CREATEROLE", "DROP ROLE broken"),
-    "4.5": (
+    "4.3 CREATEROLE": ("postgres", "CREATE ROLE broken CREATEROLE", ROLE),
+    "4.3 SUPERUSER": ("postgres", "CREATE ROLE broken SUPERUSER", ROLE),
+    "4.3 CREATEDB": ("postgres", "CREATE ROLE broken CREATEDB", ROLE),
+    "4.3 BYPASSRLS": ("postgres", "CREATE ROLE broken BYPASSRLS", ROLE),
+    "4.5 PUBLIC": ("litellm", FUNCTION.format("SET search_path = pg_catalog"), "DROP FUNCTION broken()"),
+    "4.5 search_path": (
         "litellm",
-        "CREATE FUNCTION broken() RETURNS int LANGUAGE sql SECURITY DEFINER AS 'SELECT 1'",
+        f"{FUNCTION.format('')}; REVOKE ALL ON FUNCTION broken() FROM PUBLIC",
         "DROP FUNCTION broken()",
     ),
-    "4.6": ("litellm", "GRANT SELECT ON alembic_version TO PUBLIC", "REVOKE SELECT ON alembic_version FROM PUBLIC"),
-    "5.5": ("postgres", "CREATE ROLE broken LOGIN", "DROP ROLE broken"),
-    "6.6": (
+    "4.6 table": ("litellm", "GRANT SELECT ON alembic_version TO PUBLIC", PUBLIC.format("alembic_version")),
+    "4.6 schema": ("litellm", "GRANT USAGE ON SCHEMA public TO PUBLIC", PUBLIC.format("SCHEMA public")),
+    "4.10 none": ("postgres", "CREATE ROLE broken LOGIN CONNECTION LIMIT 1", ROLE),
+    "4.10 md5": (
+        "postgres",
+        "SET password_encryption = md5; CREATE ROLE broken LOGIN CONNECTION LIMIT 1 PASSWORD 'long-enough-1'",
+        ROLE,
+    ),
+    "5.5": ("postgres", "CREATE ROLE broken LOGIN", ROLE),
+    "6.6 role": (
         "postgres",
         "ALTER ROLE litellm_reader_a SET log_min_messages = 'panic'",
         "ALTER ROLE litellm_reader_a RESET log_min_messages",
     ),
+    "6.6 database": (
+        "postgres",
+        "ALTER DATABASE litellm SET pgaudit.log = 'none'",
+        "ALTER DATABASE litellm RESET pgaudit.log",
+    ),
+}
+# Lines of pg_hba.conf.
+RULES = {
+    "5.3 trust": "local all all trust",
+    "5.3 superuser": "local all postgres scram-sha-256",
+    "5.4 method": "hostssl litellm broken 127.0.0.1/32 md5",
+    "5.4 plaintext": "host litellm broken 127.0.0.1/32 scram-sha-256",
+    "5.4 all users": "hostssl litellm all 127.0.0.1/32 scram-sha-256",
+    "5.4 superuser": "hostssl litellm postgres 127.0.0.1/32 scram-sha-256",
+    "5.4 everywhere": "hostssl litellm broken 0.0.0.0/0 scram-sha-256",
+    "5.4 unreadable": "hostssl litellm broken nowhere scram-sha-256 what=is",
 }
 
 
@@ -120,14 +168,24 @@ def reload() -> None:
             time.sleep(0.01)
 
 
-def holds(*ids: str) -> dict[str, bool]:
+def look(*ids: str) -> dict[str, tuple[bool, str]]:
     with contextlib.closing(cis.Server()) as server:
-        return {one.id: one.look(server)[0] for one in cis.ITEMS if one.id in ids}
+        return {one.id: one.look(server) for one in cis.ITEMS if one.id in ids}
+
+
+def holds(*ids: str) -> dict[str, bool]:
+    return {id_: ok for id_, (ok, _seen) in look(*ids).items()}
+
+
+def named(id_: str, settings: dict[str, str]) -> dict[str, bool]:
+    """Return for each setting whether the item holds, or fails without naming it."""
+    ok, seen = look(id_)[id_]
+    return {f"{id_} {name}": ok or f"{name} = " not in seen for name in settings}
 
 
 @contextlib.contextmanager
-def setting(name: str, value: str) -> Iterator[None]:
-    DROPIN.write_text(f"{name} = '{value}'\n")
+def settings(values: dict[str, str]) -> Iterator[None]:
+    DROPIN.write_text("".join(f"{name} = '{value}'\n" for name, value in values.items()))
     shutil.chown(DROPIN, "postgres", "postgres")
     reload()
     try:
@@ -140,7 +198,8 @@ def setting(name: str, value: str) -> Iterator[None]:
 @contextlib.contextmanager
 def statement(database: str, change: str, back: str) -> Iterator[None]:
     with contextlib.closing(connect(database)) as connection:
-        execute(connection, change)
+        for part in change.split("; "):
+            execute(connection, part)
         try:
             yield
         finally:
@@ -236,28 +295,39 @@ BREAKINGS: dict[str, Callable[[], Breaking]] = {
     ),
     "1.4": lambda: mode(DATA, 0o750),
     "1.5": newer_release,
-    "1.6": lambda: file("/etc/profile.d/broken.sh", "export PGPASSWORD=x\n"),
+    "1.6 everybody": lambda: file("/etc/profile.d/broken.sh", "export PGPASSWORD=x\n"),
+    "1.6 one": lambda: file("/root/.zprofile", "export PGPASSWORD=x\n"),
     "1.7": lambda: process(PGPASSWORD="x"),
-    "2.2": lambda: mode(EXTENSIONS, 0o777),
+    "2.2 mode": lambda: mode(EXTENSIONS, 0o777),
+    "2.2 owner": lambda: between(
+        ("chown", "postgres:postgres", str(EXTENSIONS)), ("chown", "root:root", str(EXTENSIONS))
+    ),
     "2.3": lambda: file("/root/.psql_history", "SELECT 1;\n"),
     "2.4": lambda: file("/root/.pg_service.conf", "[x]\npassword=x\n"),
     "4.1": lambda: between(("usermod", "-p", "x", "postgres"), ("usermod", "-p", SHADOW, "postgres")),
     "4.8": lambda: file(str(EXTENSIONS / "set_user.control"), "default_version = '1'\n"),
-    "5.1": lambda: process("postgresql://user:password@host/database"),
-    "5.3": lambda: appended(ETC / "pg_hba.conf", "local all all trust\n"),
-    "5.4": lambda: appended(ETC / "pg_hba.conf", "host all all 0.0.0.0/0 md5\n"),
+    "5.1 address": lambda: process("postgresql://user:password@host/database"),
+    "5.1 parameter": lambda: process("host=db1 password=x"),
+    "6.8 key": lambda: mode(ETC / "tls/server.key", 0o640),
     "6.11": lambda: moved(EXTENSIONS / "pgcrypto.control"),
-    "8.2": lambda: moved(Path("/usr/bin/pgbackrest")),
-    **{id_: (lambda pair=pair: setting(*pair)) for id_, pair in SETTINGS.items()},
-    **{id_: (lambda all_=all_: statement(*all_)) for id_, all_ in STATEMENTS.items()},
+    "8.2 program": lambda: moved(Path("/usr/bin/pgbackrest")),
+    "8.2 configuration": lambda: moved(Path("/etc/pgbackrest.conf")),
+    **{key: (lambda pair=pair: settings(dict([pair]))) for key, pair in SETTINGS.items()},
+    **{key: (lambda all_=all_: statement(*all_)) for key, all_ in STATEMENTS.items()},
+    **{key: (lambda line=line: appended(ETC / "pg_hba.conf", f"{line}\n")) for key, line in RULES.items()},
 }
 
 everything = [one.id for one in cis.ITEMS]
 before = holds(*everything)
 broken = {}
-for id_, breaking in BREAKINGS.items():
+for key, breaking in BREAKINGS.items():
     with breaking():
-        broken |= holds(id_)
+        broken[key] = holds(key.split()[0])[key.split()[0]]
+for id_, wrong in NAMED:
+    with settings(wrong):
+        broken |= named(id_, wrong)
 with restarted():
-    broken |= holds(*RESTARTED, "2.1")
+    broken |= holds("2.1", "3.1.3", "3.2", "5.2", "5.6", "7.4")
+    broken |= named("6.3", {"ignore_invalid_pages": "on", "data_sync_retry": "on"})
+    broken["8.3 unix_socket_directories"] = holds("8.3")["8.3"]
 print(json.dumps({"before": before, "broken": broken, "after": holds(*everything)}))

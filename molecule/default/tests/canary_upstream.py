@@ -7,6 +7,7 @@ import json
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import unquote
 
 COMMON = {"id": "chatcmpl-echo", "created": 1, "model": "echo"}
 
@@ -37,8 +38,12 @@ class Handler(BaseHTTPRequestHandler):
     """Answers by what the request says."""
 
     def do_POST(self) -> None:
-        """Chat completions by their last message; everything else comes back as it is."""
+        """Chat completions by their last message, transcriptions by their file's name; all else comes back as it is."""
         sent = self.rfile.read(int(self.headers["Content-Length"]))
+        if "/audio/transcriptions" in self.path:
+            name = unquote(sent.partition(b'filename="')[2].partition(b'"')[0].decode())
+            self._send(200, "application/json", json.dumps({"text": name}).encode())
+            return
         if "/chat/completions" not in self.path:
             self._send(500 if b"FAIL" in sent else 200, "application/json", sent)
             return

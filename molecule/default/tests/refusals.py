@@ -1,7 +1,8 @@
 """Everything that the database has to refuse, tried for real on its host; prints what became of each case as JSON.
 
-Runs there as root; reads {"address": ..., "passwords": {pair: password}, "active": {pair: login}} from stdin. A refused
-login has its SQLSTATE from the server's log, since libpq does not tell it; an error of TLS is libpq's own.
+Runs there as root; reads {"address": ..., "passwords": {pair: password}, "active": {pair: login}, "certificates":
+{"expired": [certificate, key], "early": ...}} from stdin; these are of the authority itself, in PEM. A refused login
+has its SQLSTATE from the server's log, since libpq does not tell it; an error of TLS is libpq's own.
 """
 
 import contextlib
@@ -32,7 +33,7 @@ NETWORK_PAIRS = ("litellm_migrator", "litellm_writer", "litellm_reader", "litell
 OUTSIDE, INSIDE = "198.51.100.2", "198.51.100.1"  # RFC 5737
 DENIED = "42501"
 
-results = []
+results, attempts = [], []
 
 
 def note(group, case, expected, got, message=""):
@@ -314,6 +315,13 @@ def client_certificates(directory):
         "unknown ca",
         arguments(reader, sslcert=f"{directory}/client.crt", sslkey=f"{directory}/client.key"),
     )
+    for name, expected in (("expired", "certificate expired"), ("early", "bad certificate")):
+        files = {"sslcert": f"{directory}/own-{name}.crt", "sslkey": f"{directory}/own-{name}.key"}
+        for path, content in zip(files.values(), GIVEN["certificates"][name], strict=True):
+            Path(path).write_text(content)
+            Path(path).chmod(0o600)
+        case = f"certificate {'that has expired' if name == 'expired' else 'not yet valid'}"
+        refuse(group, case, expected, arguments(reader, **files))
     for end in ("crt", "key"):  # libpq reads a key of its user's own or of root's alone
         target = Path(directory) / f"server.{end}"
         target.write_bytes((SERVER_TLS / f"server.{end}").read_bytes())
@@ -326,35 +334,42 @@ def client_certificates(directory):
     )
 
 
-def roles_and_databases():
-    """Try each role on each database that is not its own, and roles that nobody may be."""
-    for pair in NETWORK_PAIRS:
-        login = ACTIVE[pair]
-        for database in ("postgres", "template1", "backup"):
-            refuse("database", f"{pair} on {database}", "28000", arguments(login, dbname=database))
-        refuse("database", f"{pair} replicating", "28000", arguments(login, replication="true"))
-        idle = login[:-1] + ("b" if login.endswith("a") else "a")
-        refuse("login", f"{pair}: the idle login", "28P01", arguments(idle))
-        for database in ("litellm", "postgres"):
-            bare = {"user": login, "password": PASSWORDS[pair], "dbname": database, "host": "/var/run/postgresql"}
-            refuse("socket", f"{pair} on {database} over the socket", "28000", bare)
-    for role in ("litellm_owner", "litellm_writer", "litellm_maintainer", "litellm_backup_a", "pg_monitor", "nobody"):
-        refuse("login", f"{role} over the network", "28000", {**arguments(ACTIVE["litellm_reader"]), "user": role})
-    for address in (ADDRESS, "127.0.0.1"):
-        for database in ("litellm", "postgres"):
-            refuse(
-                "superuser",
-                f"postgres on {database} from {'loopback' if address[:3] == '127' else 'its own address'}",
-                "28000",
-                {**arguments(ACTIVE["litellm_reader"], host=address, dbname=database), "user": "postgres"},
-            )
-    bare = {"user": "postgres", "dbname": "litellm", "host": "/var/run/postgresql"}
-    refuse("superuser", "postgres over the socket, by another user", "28000", bare)
-
-
 def own_sql(statement):
     command = ["runuser", "-u", "postgres", "--", "psql", "-XAtq", "-v", "ON_ERROR_STOP=1", "-d", "postgres"]
     return subprocess.run(command, input=statement, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def roles():
+    """Return what the matrix calls each role, and its name; logins go by their state, which a rotation exchanges."""
+    found = {}
+    for name, can_login in (
+        line.split("|") for line in own_sql("SELECT rolname, rolcanlogin FROM pg_roles WHERE rolname !~ '^pg_'").split()
+    ):
+        login = re.fullmatch("(litellm_.+)_[ab]", name)
+        state = {"t": "active", "f": "idle"}[can_login]
+        found[f"{login[1]}, {state} login" if login else name] = name
+    return {**found, "pg_monitor": "pg_monitor", "nobody": "nobody"}
+
+
+def matrix(way, **parameters):
+    """Try each role on each database in one way; `attempts` are compared with a committed file."""
+    for called, role in roles().items():
+        for database in ("litellm", "backup", "postgres", "template1", "replication"):
+            pair = role[:-2]
+            login = {**arguments(f"{pair}_x"), "user": role, "dbname": database, **parameters}
+            if way == "socket":
+                login = {name: login[name] for name in ("user", "password", "dbname", "host")}
+            elif (CERTIFICATES / role).exists():
+                login |= {end: str(CERTIFICATES / role / f"client.{end[3:]}") for end in ("sslcrt", "sslkey")}
+                login["sslcert"] = login.pop("sslcrt")
+            else:
+                reader = CERTIFICATES / ACTIVE["litellm_reader"]
+                login |= {"sslcert": str(reader / "client.crt"), "sslkey": str(reader / "client.key")}
+            if database == "replication":
+                login |= {"dbname": "litellm", "replication": "true"}
+            place = log_size()
+            port, error = connect(login)
+            attempts.append(f"{called} | {database} | {way} | {logged(place, port)[0] or error if error else 'let in'}")
 
 
 def md5_verifier():
@@ -413,16 +428,7 @@ def addresses():
         done = subprocess.run([*nft, "--echo", "--handle", *rule], check=True, capture_output=True, text=True)
         handle = re.search(r"handle (\d+)", done.stdout)[1]
         try:
-            for pair in NETWORK_PAIRS:
-                refuse(
-                    "address", f"{pair} from another address, without the firewall", "28000", arguments(ACTIVE[pair])
-                )
-            refuse(
-                "address",
-                "postgres from another address, without the firewall",
-                "28000",
-                {**arguments(login), "user": "postgres"},
-            )
+            matrix("another address")
         finally:
             subprocess.run([*nft, "delete", "rule", "inet", "litellm_gateway", "input", "handle", handle], check=True)
 
@@ -505,10 +511,12 @@ with tempfile.TemporaryDirectory() as made:
     encryption_and_identity(made)
     client_certificates(made)
 md5_verifier()
-roles_and_databases()
+matrix("socket", host="/var/run/postgresql")
+matrix("loopback", host="127.0.0.1")
+matrix("own address")
 connection_limit()
 addresses()
 statements()
 for pair in NETWORK_PAIRS:  # a control: with nothing changed each of them comes in
     note("control", f"{pair} as it should be", "let in", connect(arguments(ACTIVE[pair]))[1] or "let in")
-print(json.dumps(results))
+print(json.dumps({"results": results, "attempts": attempts}))

@@ -17,8 +17,9 @@ FIPS = "6.7"  # a Debian host cannot be put into FIPS mode
 def items(run: Run, show: Show) -> dict[str, dict[str, bool]]:
     seen: dict[str, dict[str, bool]] = json.loads(run("python3", "-", input=PROGRAM))
     words = {True: "holds", False: "red"}
-    rows = [[id_, words[before], words[seen["broken"].get(id_, before)]] for id_, before in seen["before"].items()]
-    show(f"CIS PostgreSQL 17: {len(rows)} items", [["item", "deployed", "broken (or mended)"], *rows])
+    rows = [[key, words[seen["before"][key.split()[0]]], words[now]] for key, now in seen["broken"].items()]
+    title = f"CIS PostgreSQL 17: {len(seen['before'])} items, broken in {len(rows)} ways"
+    show(title, [["item", "deployed", "broken (or mended)"], *rows])
     return seen
 
 
@@ -26,10 +27,10 @@ def test_what_does_not_hold_has_an_exception_and_nothing_else_has(items: dict[st
     assert {id_ for id_, holds in items["before"].items() if not holds} == EXCEPTED
 
 
-def test_every_item_changes_its_colour(items: dict[str, dict[str, bool]]) -> None:
+def test_every_item_changes_its_colour_in_each_way(items: dict[str, dict[str, bool]]) -> None:
     assert len(items["before"]) >= 50
-    assert items["broken"].keys() == items["before"].keys() - {FIPS}
-    assert [id_ for id_, holds in items["broken"].items() if holds == items["before"][id_]] == []
+    assert {key.split()[0] for key in items["broken"]} == items["before"].keys() - {FIPS}
+    assert [key for key, holds in items["broken"].items() if holds == items["before"][key.split()[0]]] == []
 
 
 def test_all_is_as_before(items: dict[str, dict[str, bool]]) -> None:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import pytest
@@ -28,7 +29,9 @@ CONTROL_PROGRAM = """
 import os, re, sys
 from types import SimpleNamespace
 from litellm_sqlalchemy import redaction
-from litellm_sqlalchemy.calls import Call, Recorder, event_of
+from litellm_sqlalchemy.calls import Call
+from litellm_sqlalchemy.events import event_of
+from litellm_sqlalchemy.recorder import Recorder
 from litellm_sqlalchemy.settings import load_settings
 never = re.compile(rb"(?!)")
 secrets = redaction._SECRETS
@@ -122,13 +125,20 @@ ENTRIES: dict[str, Send] = {
     "key that is refused": lambda c, t: chat(c, "Hello", {"Authorization": f"Bearer {one_line(t)}"}),
     "client's provider key": lambda c, t: chat(c, "Hello", api_key=one_line(t)),
     "broken body": lambda c, t: c.post("/v1/chat/completions", content=f'{{"model": "echo", "note": {json.dumps(t)}'),
+    "path": lambda c, t: c.post(
+        f"/openai/deployments/{quote(one_line(t), safe='')}/chat/completions", json={"messages": []}
+    ),
+    "file name": lambda c, t: c.post(
+        "/v1/audio/transcriptions", data={"model": "echo"}, files={"file": (f"{one_line(t)}.wav", b"RIFF", "audio/wav")}
+    ),
     "pass-through": lambda c, t: c.post("/canary", json={"text": f"Here: {t}, thanks"}),
     "pass-through's error": lambda c, t: c.post("/canary", json={"text": f"FAIL {t}"}),
 }
 
 
-#: Entries whose calls fail. Those of `model` mostly do: a comma in it asks several models.
+#: Entries whose calls fail, and those whose calls mostly do: a comma in a model asks several models.
 REFUSED = {"provider's error", "key that is refused", "broken body", "pass-through's error"}
+MOSTLY_REFUSED = {"model", "path"}
 
 
 def search(run: Run, values: dict[str, str], *sinks: str, mark: str = MARK) -> dict[str, list[str]]:
@@ -183,7 +193,7 @@ def canaries(gateway: httpx.Client, run: Run, psql: Psql, upstream: None, statem
             content, secret = shaped(shape)
             answer = send(gateway, content)
             sent[f"{shape} by {entry}"] = secret
-            if entry != "model" and (answer.status_code == 200) == (entry in REFUSED):
+            if entry not in MOSTLY_REFUSED and (answer.status_code == 200) == (entry in REFUSED):
                 refused.append(f"{shape} by {entry}: {answer.status_code} {answer.text[:200]}")
     assert refused == []
     drained(run, psql)
@@ -269,6 +279,68 @@ def new_secrets(old: dict[str, Any]) -> dict[str, Any]:
         changed[name] = value if not isinstance(value, str) else value[:3] + text(len(value) - 3)
     changed["vault_postgresql_backup_identity"] = shaped("age identity")[0]
     return changed
+
+
+#: More than log_statement = ddl, and statistics of every statement.
+LOUD = "log_statement = 'all'\nlog_min_duration_statement = 0\npg_stat_statements.track = 'all'\n"
+
+
+@pytest.fixture
+def loud(run: Run, psql: Psql) -> Iterator[None]:
+    """PostgreSQL logs and counts every statement of every session that does not forbid it for itself."""
+    path = "/etc/postgresql/17/main/conf.d/99-loud.conf"
+
+    def reload(logs: str) -> None:
+        psql("SELECT pg_reload_conf()")
+        deadline = time.monotonic() + 10
+        while psql("SHOW log_statement") != [[logs]]:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+    run("install", "--owner=postgres", "--group=postgres", "--mode=0640", "/dev/stdin", path, input=LOUD)
+    reload("all")
+    yield
+    run("rm", path)
+    reload("none")
+    psql("SELECT pg_stat_statements_reset()", "postgres")
+
+
+def test_logins_are_made_and_rotated_without_a_trace(
+    run: Run, psql: Psql, statements: None, loud: None, tmp_path: Path
+) -> None:
+    passwords = [f"{text(24)}-{number}" for number in range(2)]
+    tasks = [
+        {
+            "ansible.builtin.include_role": {"name": "postgresql", "tasks_from": "access"},
+            "vars": {"postgresql_login_pairs": [{"name": "canary", "member_of": [], "password": password}]},
+        }
+        for password in passwords
+    ]
+    variables = {"postgresql_groups": [], "postgresql_databases": []}
+    play = {"hosts": "postgresql", "become": True, "gather_facts": False, "vars": variables, "tasks": tasks}
+    (tmp_path / "rotate.yml").write_text(json.dumps([play]))
+    environment = os.environ | {
+        "ANSIBLE_CONFIG": str(PROJECT / "ansible.cfg"),
+        "ANSIBLE_ROLES_PATH": str(PROJECT / "roles"),
+        "ANSIBLE_VAULT_PASSWORD_FILE": str(PROJECT / "scripts/vault-password"),
+    }
+    command = ["ansible-playbook", "-i", str(EPHEMERAL / "inventory"), str(tmp_path / "rotate.yml"), "--diff", "-vvv"]
+    done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True)
+    verifiers = [row[0] for row in psql("SELECT rolpassword FROM pg_authid WHERE rolname ~ '^canary_[ab]$'")]
+    psql(f"ALTER ROLE canary_a PASSWORD '{(control := f'{text(24)}-9')}'")  # what shows without that care
+    psql("DROP ROLE IF EXISTS canary_a; DROP ROLE IF EXISTS canary_b")
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert len(verifiers) == 2
+    keys = [part for verifier in verifiers for part in verifier.split("$")[2].split(":")]
+    values = {value: value for value in [*passwords, *keys]}
+    assert [value for value in values if value in done.stdout + done.stderr] == []
+    sinks = ("PostgreSQL's log", "pg_stat_statements", "pg_stat_activity", "journal", "other logs", "command lines")
+    found = search(run, {**values, "control": control}, *sinks, mark="")
+    assert {sink: [name for name in names if name != "control"] for sink, names in found.items()} == {
+        sink: [] for sink in sinks
+    }
+    assert "control" in found["PostgreSQL's log"]
+    assert "control" in found["pg_stat_statements"]
 
 
 def test_ansible_shows_no_secret(run: Run, secrets: dict[str, Any], tmp_path: Path) -> None:

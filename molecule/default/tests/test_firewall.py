@@ -1,5 +1,7 @@
 """The firewall: what is refused from outside, and that it neither locks ssh out nor touches rules of others."""
 
+import http.client
+import ipaddress
 import json
 import os
 import socket
@@ -7,6 +9,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -20,10 +23,10 @@ PROBE = 8099
 RATE, BURST, SECONDS = 20, 100, 4
 
 
-def reaches(address: str, port: int, seconds: float = 1.5) -> bool:
+def reaches(address: str, port: int, seconds: float = 1.5, source: str = "") -> bool:
     """Return whether this machine, which is outside of the host, gets a TCP connection."""
     try:
-        socket.create_connection((address, port), timeout=seconds).close()
+        socket.create_connection((address, port), timeout=seconds, source_address=(source, 0)).close()
     except TimeoutError:
         return False
     return True
@@ -81,28 +84,38 @@ def test_only_the_gateway_is_reached_from_outside(run: Run, address: str, listen
     assert {port: reaches(address, port) for port in (443, 5432, listener)} == {443: True, 5432: False, listener: False}
 
 
-def connections(address: str, port: int, seconds: float) -> int:
-    """Return how many connections this machine gets in that time, trying without a pause in 8 threads."""
+def connections(address: str, port: int, seconds: float) -> tuple[int, int]:
+    """Return how many connections this machine gets in that time and how many not, from 32 threads without a pause."""
     end, got = time.monotonic() + seconds, []
 
-    def guess() -> None:
+    def knock() -> None:
         while time.monotonic() < end:
-            if reaches(address, port, 0.3):
-                got.append(1)
+            got.append(reaches(address, port, 0.3))
 
-    threads = [threading.Thread(target=guess) for _ in range(8)]
+    threads = [threading.Thread(target=knock) for _ in range(32)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return len(got)
+    return sum(got), len(got) - sum(got)
+
+
+@pytest.fixture
+def other(address: str) -> Iterator[str]:
+    """Another address of this machine on the host's network: the last one, which podman gives to nobody."""
+    (route,) = json.loads(subprocess.check_output(["ip", "-json", "route", "get", address]))
+    (link,) = json.loads(subprocess.check_output(["ip", "-json", "-4", "address", "show", route["dev"]]))
+    network = ipaddress.ip_interface(f"{route['prefsrc']}/{link['addr_info'][0]['prefixlen']}").network
+    found = str(network.broadcast_address - 1)
+    subprocess.run(["ip", "address", "add", f"{found}/32", "dev", route["dev"]], check=True)
+    yield found
+    subprocess.run(["ip", "address", "delete", f"{found}/32", "dev", route["dev"]], check=True)
 
 
 def test_a_port_is_open_to_its_sources_up_to_its_rate(
-    run: Run, address: str, listener: int, playbook: Playbook, psql: Psql, show: Show
+    run: Run, address: str, listener: int, playbook: Playbook, psql: Psql, show: Show, other: str
 ) -> None:
     own = socket.create_connection((address, 443)).getsockname()[0]
-    other = "192.0.2.1"
     rule = {"name": "probe", "port": PROBE, "sources": [own, other], "rate": f"{RATE}/second", "burst": BURST}
     done = playbook(firewall_rules=[rule, {"name": "closed", "port": 5432, "sources": [other]}])
     assert done.returncode == 0, done.stdout
@@ -110,10 +123,26 @@ def test_a_port_is_open_to_its_sources_up_to_its_rate(
     assert not reaches(address, 5432)
     assert not reaches(address, 443)  # no rule of this run names it
 
-    got = connections(address, listener, SECONDS)
+    established = http.client.HTTPConnection(address, listener, timeout=2)
+    established.connect()
+    with ThreadPoolExecutor() as pool:
+        flood = pool.submit(connections, address, listener, SECONDS)
+        time.sleep(SECONDS / 2)  # the flood's own length: it is at its limit by then
+        others = [reaches(address, listener, 1.5, other) for _ in range(5)]
+        established.request("GET", "/")
+        answered = established.getresponse().status
+        assert not flood.done()
+        got, refused = flood.result()
     allowed = BURST + RATE * (SECONDS + 1)
-    show("Firewall's rate limit", [["connections of one address", f"{got} in {SECONDS} s", f"at most {allowed}"]])
+    rows = [
+        ["connections of one address", f"{got} of {got + refused} in {SECONDS} s", f"at most {allowed}"],
+        ["another address meanwhile", f"{sum(others)} of {len(others)}", "all"],
+        ["an established connection meanwhile", str(answered), "200"],
+    ]
+    show("Firewall's rate limit", rows)
     assert BURST / 2 <= got <= allowed
+    assert refused > got
+    assert (others, answered) == ([True] * 5, 200)
     assert psql("SELECT 1") == [["1"]]
     limits = [line for line in run(*TABLE).splitlines() if "probe: too many" in line]
     assert limits

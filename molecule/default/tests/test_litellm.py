@@ -1,9 +1,11 @@
 """The gateway's and the writer's units: hardened, bound to one address, free of visible secrets."""
 
 import json
+import re
 import time
 
 import pytest
+from conftest import PROJECT
 
 testinfra_hosts = ["litellm"]
 
@@ -130,6 +132,29 @@ def test_release_has_no_start_up_hooks_and_nothing_proprietary(host, link):
     assert host.check_output("find -L %s/current/lib -name '*.pth'", link) == ""
     unwanted = "find -L %s/current/lib -maxdepth 3 -iname 'litellm_enterprise*' -o -iname prisma"
     assert host.check_output(unwanted, link) == ""
+
+
+@pytest.mark.parametrize(
+    ("directory", "role", "own"),
+    [
+        ("/opt/litellm", "litellm", {"pip", "litellm-sqlalchemy"}),
+        ("/opt/litellm-sqlalchemy", "litellm_logger", {"pip", "litellm-sqlalchemy"}),
+    ],
+)
+def test_bill_of_materials_lock_and_release_agree(host, directory, role, own):
+    """Each package that is there stands in the bill of materials, and comes from the lock at its version."""
+    bill = json.loads(host.file(f"{directory}/current/sbom.cdx.json").content_string)
+    found = host.check_output("ls -d %s/current/lib/python*/site-packages/*.dist-info | xargs -n1 basename", directory)
+    name = re.compile(r"[-_.]+")
+    installed = {
+        (name.sub("-", package.partition("-")[0]).lower(), package.removesuffix(".dist-info").partition("-")[2])
+        for package in found.split()
+    }
+    listed = {(name.sub("-", one["name"]).lower(), one["version"]) for one in bill["components"]}
+    lock = (PROJECT / f"roles/{role}/files/requirements.txt").read_text()
+    pinned = {(name.sub("-", n).lower(), v) for n, v in re.findall(r"(?m)^([\w.-]+)(?:\[.*\])?==([^\s\\]+)", lock)}
+    assert listed == installed
+    assert {package for package in installed if package[0] not in own} == pinned
 
 
 def test_service_users_cannot_log_in(host):

@@ -141,7 +141,7 @@ def test_files_are_not_readable_by_others(host):
         "/etc/postgresql/17/main/pg_hba.conf": 0o640,
         "/etc/postgresql/17/main/conf.d/50-managed.conf": 0o640,
         "/etc/postgresql/17/main/tls": 0o700,
-        "/etc/postgresql/17/main/tls/server.key": 0o600,
+        "/etc/postgresql/17/main/tls/pair/server.key": 0o600,
     }.items():
         file = host.file(path)
         assert (file.user, file.mode) == ("postgres", mode), path

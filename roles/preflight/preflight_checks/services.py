@@ -76,6 +76,21 @@ def backup_offsite(run: Run) -> Iterator[tuple[str, ...]]:
                 "postgresql_backup_offsite_required is true, and there is no off-host copy of the backups.",
                 "put a host into the group backup, or set postgresql_backup_offsite_s3.",
             )
+        own = {
+            "localhost",
+            host.name,
+            run.value(host, "ansible_host"),
+            *(host.facts or {}).get("own_addresses", []),
+        } - {None}
+        there = {*run.role_hosts.get("postgresql_backup_store", [])} if not named else {str(named.get("host"))}
+        there |= {str((run.value(host, "postgresql_backup_offsite_s3") or {}).get("endpoint"))}
+        if there & own and run.value(host, "postgresql_backup_offsite_required"):
+            yield (
+                host.name,
+                f"postgresql_backup_offsite_required is true, and {min(there & own)} is the database host itself: its "
+                "loss would take the copies with it.",
+                "put another host into the group backup, or use a bucket elsewhere.",
+            )
 
 
 @check("model-list", "Every model has a name and says which provider's model it is")
