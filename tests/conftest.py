@@ -9,6 +9,7 @@ BACKUP = ("roles/postgresql_backup/files", "roles/postgresql_backup/filter_plugi
 for path in (
     "plugins",
     "roles/preflight",
+    "roles/preflight/library",
     "roles/validation/action_plugins",
     "playbooks/action_plugins",
     "docs",

@@ -1,8 +1,12 @@
 """Each check finds what it is for, says nothing otherwise, and shows no secret."""
 
 import datetime
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import preflight_checks
+import preflight_facts
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
@@ -345,3 +349,27 @@ def test_certificates():
     assert "not usable PEM" in faults(b"x", key, authority)
     assert services.matches("*.example.net", "db1.example.net")
     assert not services.matches("*.example.net", "a.b.example.net")
+
+
+@pytest.mark.parametrize(
+    ("statuses", "seconds", "answer", "asked"),
+    [((503, 503, 200), 30, "", 3), ((404, 200), 30, "HTTP status 404", 1), ((503,) * 9, 2, "HTTP status 503", None)],
+)
+def test_what_may_be_over_in_a_moment_is_tried_again(statuses, seconds, answer, asked):
+    left = list(statuses)
+
+    class Busy(BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.send_response(left.pop(0))
+            self.end_headers()
+
+        def log_message(self, *arguments):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Busy) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url, answers = f"http://127.0.0.1:{server.server_port}/", {}
+        preflight_facts.probe(answers, url, preflight_facts.fetch, (url, ""), time.monotonic() + seconds)
+        server.shutdown()
+    assert answers == {url: answer}
+    assert asked is None or len(statuses) - len(left) == asked

@@ -9,7 +9,6 @@ import os
 import platform
 import re
 import socket
-import ssl
 import struct
 import subprocess
 import sys
@@ -158,33 +157,26 @@ def clock_synchronised():
 
 
 def resolve(name):
-    """Return the addresses of a name as this host sees them, or why there are none."""
-    try:
-        return {"addresses": sorted({str(entry[4][0]) for entry in socket.getaddrinfo(name, None)})}
-    except OSError as error:
-        return {"error": str(error)}
+    """Return the addresses of a name as this host sees them. Raises OSError."""
+    return {"addresses": sorted({str(entry[4][0]) for entry in socket.getaddrinfo(name, None)})}
 
 
 def fetch(url, proxy):
-    """Return '' when the server answered at all, else why it did not."""
+    """Return '' when the server answered at all. Raises OSError, ValueError."""
     handlers = [urllib.request.ProxyHandler({"http": proxy, "https": proxy})] if proxy else []
     opener = urllib.request.build_opener(*handlers)
     try:
         opener.open(urllib.request.Request(url, method="HEAD"), timeout=5).close()
     except urllib.error.HTTPError as error:
-        return "" if error.code < 500 and error.code not in (404, 407) else f"HTTP status {error.code}"
-    except (OSError, ssl.SSLError, ValueError) as error:
-        return str(getattr(error, "reason", error))
+        if error.code >= 500 or error.code in (404, 407):
+            raise
     return ""
 
 
 def connect(endpoint):
-    """Return '' when `host:port` takes a connection, else why it does not."""
+    """Return '' when `host:port` takes a connection. Raises OSError, ValueError."""
     host, _, port = endpoint.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
-    except (OSError, ValueError) as error:
-        return str(error)
+    socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
     return ""
 
 
@@ -225,21 +217,48 @@ def network(module):
     slow = "no answer within {:g} s".format(module.params["timeout"])
     found = {"names": {}, "urls": {}, "endpoints": {}, "package_sources": {}}
     threads = []
+    deadline = time.monotonic() + module.params["timeout"]
     for kind, target, function, arguments in jobs:
         found[kind][target] = {"error": slow} if kind == "names" else slow
+        job = (found[kind], target, function, arguments, deadline)
         # Daemons: a resolver that hangs must not hold up the end of this process.
-        thread = threading.Thread(target=probe, args=(found[kind], target, function, arguments), daemon=True)
+        thread = threading.Thread(target=probe, args=job, daemon=True)
         thread.start()
         threads.append(thread)
-    deadline = time.monotonic() + module.params["timeout"]
     for thread in threads:
         thread.join(max(0.0, deadline - time.monotonic()))
     return {kind: dict(answers) for kind, answers in found.items()}
 
 
-def probe(answers, target, function, arguments):
-    """Store what the function returns under `target`."""
-    answers[target] = function(*arguments)
+def probe(answers, target, function, arguments, deadline):
+    """Store under `target` what the function returns, or why it failed; try again what may be over in a moment."""
+    while True:
+        try:
+            answers[target] = function(*arguments)
+            return
+        except (OSError, ValueError) as error:
+            reason, passes = reason_of(error), may_pass(error)
+            answers[target] = {"error": reason} if function is resolve else reason
+        if not passes or time.monotonic() + 1 >= deadline:
+            return
+        time.sleep(0.5)
+
+
+def reason_of(error):
+    """Return what an error says, without the words around it."""
+    if isinstance(error, urllib.error.HTTPError):
+        return f"HTTP status {error.code}"
+    return str(getattr(error, "reason", error))
+
+
+def may_pass(error):
+    """Return whether an error is one of a busy network: a lost packet, a resolver or server that is overloaded."""
+    cause = getattr(error, "reason", error)
+    if isinstance(error, urllib.error.HTTPError):
+        return error.code >= 500
+    return isinstance(cause, (TimeoutError, ConnectionResetError)) or (
+        isinstance(cause, socket.gaierror) and cause.errno == socket.EAI_AGAIN
+    )
 
 
 def main():
