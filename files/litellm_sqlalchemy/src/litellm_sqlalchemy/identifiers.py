@@ -1,6 +1,7 @@
 """Time-ordered identifiers (UUID version 7, RFC 9562) and the way back from an id to its time."""
 
 import os
+import random
 import threading
 import time
 import uuid
@@ -10,6 +11,9 @@ from datetime import UTC, datetime
 _SECOND = 1000 << 12
 _lock = threading.Lock()
 _last = 0
+#: Seeded by the system, once: to ask it for each id takes longer than all else here.
+_random = random.Random()
+os.register_at_fork(after_in_child=_random.seed)
 
 
 def uuid7(at_ns: int | None = None) -> uuid.UUID:
@@ -34,8 +38,7 @@ def _uuid7(at_ns: int | None = None) -> int:
             if _last - ticks < _SECOND:
                 ticks = max(ticks, _last + 1)
             _last = ticks
-    random = int.from_bytes(os.urandom(8), "big") >> 2
-    return (ticks >> 12) << 80 | 7 << 76 | (ticks & 0xFFF) << 64 | 0b10 << 62 | random
+    return (ticks >> 12) << 80 | 7 << 76 | (ticks & 0xFFF) << 64 | 0b10 << 62 | _random.getrandbits(62)
 
 
 def first_id_at(moment: datetime) -> uuid.UUID:

@@ -118,13 +118,11 @@ class CallObserver:
 
 def _note_start(call: Call, message: Message) -> None:
     call.status_code = message["status"]
-    for name, value in message.get("headers", ()):
-        if name == b"content-type":
-            call.streamed = value.startswith(b"text/event-stream")
-        elif name == b"content-encoding":
-            call.content_encoding = value
-        elif name == b"x-litellm-call-id":
-            call.call_id = value.decode("latin-1")[:256]
+    headers = dict(message.get("headers", ()))
+    call.streamed = headers.get(b"content-type", b"").startswith(b"text/event-stream")
+    call.content_encoding = headers.get(b"content-encoding", b"")
+    if b"x-litellm-call-id" in headers:
+        call.call_id = headers[b"x-litellm-call-id"].decode("latin-1")[:256]
 
 
 def _note_answer(call: Call, content: bytes) -> None:
@@ -156,6 +154,9 @@ def _content(message: Message) -> bytes:
 
 def _is_gone(receive: Receive) -> bool:
     """Look, without waiting, whether the server has seen the client hang up; all of the request was read by now."""
+    seen = getattr(getattr(receive, "__self__", None), "disconnected", None)  # uvicorn's RequestResponseCycle
+    if isinstance(seen, bool):
+        return seen
     waiting = receive().__await__()
     try:
         next(waiting)  # runs until it would have to wait for a message

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import ctypes
 import errno
 import logging
 import os
@@ -47,6 +48,13 @@ _MEASURED_PART = 0.01
 _PREFER_THREAD = 5
 
 
+#: write(2) that keeps Python's lock: `os.write` lets LiteLLM's other threads run first and waits for them, which takes
+#: longer than to copy a record into the page cache.
+_write = ctypes.PyDLL(None, use_errno=True).write
+_write.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t)
+_write.restype = ctypes.c_ssize_t
+
+
 class _Segment:
     """A file that a producer appends to."""
 
@@ -59,7 +67,9 @@ class _Segment:
 
     def append(self, data: bytes) -> None:
         """Write all of `data` or, as far as the disk allows, nothing of it. Raises OSError."""
-        written = os.write(self.descriptor, data)
+        written = _write(self.descriptor, data, len(data))
+        if written < 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
         if written != len(data):
             os.ftruncate(self.descriptor, self.size)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

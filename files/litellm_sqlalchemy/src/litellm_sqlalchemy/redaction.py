@@ -66,6 +66,8 @@ _SECRETS = tuple(
 #: Finds all hints in one pass; of each, the place of its secret in `_SECRETS`. Of hints that overlap only the first is
 #: found: none begins with what another one ends with, unless it cannot be one then.
 _HINTS = tuple((hint, place) for place, (hints, _, _) in enumerate(_SECRETS) for hint in hints)
+#: What else must be there, where a hint is frequent: each response names its provider's URL, few a login in it.
+_NEEDED = {b"://": b"@", b"begin ": b"-----BEGIN "}
 _SEARCH = BytesAhoCorasick([hint for hint, _ in _HINTS], matchkind=MatchKind.LeftmostFirst)
 
 
@@ -79,8 +81,9 @@ def scrubbed_together(*contents: bytes) -> list[bytes]:
     found = _SEARCH.find_matches_as_indexes(b"\n".join(contents).lower())
     result = list(contents)
     for place in sorted({_HINTS[hint][1] for hint, *_ in found}):
-        _, shape, replacement = _SECRETS[place]
-        result = [shape.sub(replacement, content) for content in result]
+        hints, shape, replacement = _SECRETS[place]
+        needed = _NEEDED.get(hints[0], b"")
+        result = [shape.sub(replacement, content) if needed in content else content for content in result]
     return result
 
 
