@@ -272,6 +272,15 @@ def test_durations_are_said_in_two_units():
 def test_the_last_words_are_the_telling_ones():
     assert tools.last_words(b"noise\npg_dump: error: no\nend\n", None, 1) == "pg_dump: error: no"
     assert tools.last_words(b"", b"", 3) == "exit status 3"
+
+
+def test_a_server_that_refuses_connections_while_it_recovers_says_nothing_by_that():
+    cause = "2026-01-01 00:00:00.000 GMT [7] FATAL:  recovery ended before configured recovery target was reached"
+    refused = "2026-01-01 00:00:00.001 GMT [8] FATAL:  the database system is not accepting connections"
+    log = f"{refused}\n{cause}\n{refused}\n2026-01-01 00:00:00.002 GMT [1] LOG:  database system is shut down\n"
+    assert tools.last_error(log, "FATAL|PANIC") == cause
+    assert tools.last_error(refused, "FATAL|PANIC") == refused
+    assert tools.last_error("", "FATAL|PANIC") == "its log is empty"
     with pytest.raises(BackupError, match="false failed"):
         tools.run(["false"])
 

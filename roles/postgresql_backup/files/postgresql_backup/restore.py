@@ -24,6 +24,7 @@ from postgresql_backup.tools import (
     acting_as,
     check_room,
     environment,
+    last_error,
     last_words,
     lock,
     run,
@@ -220,11 +221,10 @@ class Restored:
         """Return what the server said last of an error."""
         log = Path(f"/var/log/postgresql/postgresql-{self._settings.version}-{RESTORED}.log")
         with acting_as("postgres"):
-            lines = log.read_text(errors="replace").splitlines() if log.exists() else []
-        telling = [line for line in lines if "FATAL" in line or "PANIC" in line]
-        if any("before configured recovery target" in line for line in telling[-1:]):
+            said = last_error(log.read_text(errors="replace"), "FATAL|PANIC") if log.exists() else "it left no log"
+        if "before configured recovery target" in said:
             return "the archived WAL ends before the target, or has no point of that name (recovery target not reached)"
-        return (telling or lines or ["it left no log"])[-1][:400]
+        return said
 
     def discard(self) -> None:
         """Stop and remove the cluster."""

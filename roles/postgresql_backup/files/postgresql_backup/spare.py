@@ -10,7 +10,7 @@ from pathlib import Path
 from postgresql_backup.database import Connection, one, session
 from postgresql_backup.errors import DamagedError, DatabaseError, RefusedError, ToolError
 from postgresql_backup.settings import Settings
-from postgresql_backup.tools import run, wait_for
+from postgresql_backup.tools import last_error, run, wait_for
 
 _START_TIMEOUT = 3600
 #: As the role postgresql makes clusters.
@@ -94,11 +94,9 @@ class Spare:
     def last_words(self) -> str:
         """Return what the server said last of an error."""
         try:
-            lines = self._log.read_text(errors="replace").splitlines()
+            return last_error(self._log.read_text(errors="replace"), "FATAL|PANIC|ERROR")
         except FileNotFoundError:
             return "it left no log"
-        telling = [line for line in lines if any(word in line for word in ("FATAL", "PANIC", "ERROR"))]
-        return (telling or lines or ["its log is empty"])[-1][:400]
 
     def stop(self) -> None:
         """Stop at once; what it holds is thrown away."""

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pwd
+import re
 import shutil
 import stat
 import subprocess
@@ -79,6 +80,16 @@ def last_words(stderr: bytes | None, stdout: bytes | None, code: int) -> str:
     lines = [line.strip() for line in (stderr or stdout or b"").decode(errors="replace").splitlines() if line.strip()]
     telling = [line for line in lines if "ERROR" in line or "error:" in line or "FATAL" in line]
     return (telling or lines or [f"exit status {code}"])[0 if telling else -1][:500]
+
+
+def last_error(log: str, levels: str) -> str:
+    """Return the line of a server's log that says last of an error, of levels such as `FATAL|PANIC`.
+
+    That it refuses connections while it starts, recovers or stops is no error: whoever waits for it asks for them.
+    """
+    lines = log.splitlines()
+    telling = [line for line in lines if re.search(rf"\b(?:{levels})\b(?!:  the database system is )", line)]
+    return (telling or lines or ["its log is empty"])[-1][:400]
 
 
 class Hashed:
