@@ -53,7 +53,7 @@ def main() -> int:
     parser.add_argument("--pairs", type=int, default=10_000, help="pairs to store per run (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="rounds, medians count (default: %(default)s)")
     parser.add_argument("--calls", type=int, default=1000, help="calls to each gateway (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=10, help="of a throughput run (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=60, help="of load on each kind (default: %(default)s)")
     parser.add_argument("--rows", type=int, default=_LOOKUP_PAIRS, help="pairs to look up in (default: %(default)s)")
     parser.add_argument("--days", type=int, default=30, help="days that these pairs are spread over (default: 30)")
     options = parser.parse_args()
@@ -123,8 +123,7 @@ def _gateway(cluster: Cluster, options: argparse.Namespace) -> Iterator[Figure]:
         yield Figure("CPU of a call in the log, measured by itself, microseconds", spent * 1e6)
         yield Figure("CPU of the log to LiteLLM's, %", spent / alone * 100, 2, most=0.5, aim="aim 0.2")
         yield Figure("time in the log's hooks per call, by its own count, microseconds", hooks * 1e6)
-        added = bench.gateways["with"].memory() - bench.gateways["without"].memory()
-        yield Figure("memory added to the gateway, MB", added, most=20)
+        yield Figure("memory added to the gateway, MB", bench.memory_added(), most=20)
         bench.proxy.toxics = gateway.STATES["up"]
         connections, transactions = bench.connections()
         yield Figure("connections of the gateway's host", connections, most=2, aim="aim 1")
@@ -145,7 +144,7 @@ def _latencies(bench: gateway.Bench, state: str, options: argparse.Namespace) ->
 
 
 def _throughput(bench: gateway.Bench, state: str, options: argparse.Namespace) -> Iterator[Figure]:
-    loads = bench.throughputs(options.seconds, 2 * options.rounds)
+    loads = bench.throughputs(options.seconds)
     for name, kind, base, least in (
         ("log to LiteLLM alone", "with", "without", 0.98),
         ("log to an empty callback", "with", "empty", None),

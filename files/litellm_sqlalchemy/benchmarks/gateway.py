@@ -1,10 +1,10 @@
 """What the log adds to a gateway: LiteLLM without a callback, with an empty one, with the log, with the naive way.
 
 What LiteLLM does for any callback is no cost of the log: the log stands beside the empty callback, and that one beside
-none.
+none. One process is all three in turn (`benchmarks.switched`); the naive way has its own.
 
-Latency: one request at a time, to each gateway in turn, so that whatever else the machine does meets all of them.
-Throughput: as many as go through at once, one gateway at a time, in turn. The database is up, slow or down meanwhile:
+Latency: one request at a time, some to each kind in turn, so that whatever else the machine does meets all of them.
+Throughput: as many as go through at once, one kind at a time, in turn. The database is up, slow or down meanwhile:
 its connections go through a proxy. The gateways have a core of their own, which clients, provider, writer and
 PostgreSQL do not use: what these do is no part of a call.
 """
@@ -34,16 +34,16 @@ from litellm_sqlalchemy.spool import read_counters
 KINDS = ("without", "empty", "with", "naive")
 #: States of the database: what the proxy does. Slow: 0.5 s a piece, some seconds a transaction.
 STATES = {"up": Toxics(), "slow": Toxics(latency=0.5), "down": Toxics(refuse=True)}
-_CALLBACKS = {
-    "without": [],
-    "empty": ["benchmarks.empty.logger"],
-    "with": ["litellm_sqlalchemy.callback.logger"],
-    "naive": ["benchmarks.naive.logger"],
-}
+#: Processes; the first one is only there for its memory.
+_CALLBACKS = {"without": [], "switched": ["benchmarks.switched.logger"], "naive": ["benchmarks.naive.logger"]}
 #: The first is the gateways', the others are everybody else's; a machine with one core has no choice.
 _CORES = sorted(os.sched_getaffinity(0))
 _KEY = "sk-benchmark-of-the-gateway"
 _AT_ONCE = 8
+#: Calls to a kind, and seconds of load on it, before it is another one's turn.
+_TURN_CALLS, _TURN_SECONDS = 20, 2.0
+#: Calls at the begin of a turn that do not count: a gateway does not become another one in production.
+_FIRST_CALLS = 5
 _HERE = Path(__file__).parents[1]
 
 
@@ -60,6 +60,7 @@ class Gateway:
     def __init__(self, kind: str, cluster: Cluster, settings: Path, upstream: int) -> None:
         """Start it; `upstream` is the provider's port."""
         self.kind = kind
+        self._turned_to = ""
         self.port = free_port()
         directory = cluster.directory / f"gateway-{kind}"
         directory.mkdir()
@@ -101,6 +102,13 @@ class Gateway:
             except OSError:
                 time.sleep(0.5)
         raise SystemExit(f"the gateway ({self.kind}) does not serve: {self._log.read_text()[-2000:]}")
+
+    def turn_to(self, kind: str) -> None:
+        """Make it a gateway of a kind."""
+        if kind != self._turned_to:
+            url = f"http://127.0.0.1:{self.port}/switch/{kind}"
+            urllib.request.urlopen(urllib.request.Request(url, method="PUT"), timeout=30).close()
+            self._turned_to = kind
 
     def connect(self) -> http.client.HTTPConnection:
         """Return a connection that is kept open."""
@@ -148,8 +156,8 @@ class Bench:
         self.spool = cluster.settings.spool.directory
         port = free_port()
         self._upstream = subprocess.Popen([sys.executable, "-m", "benchmarks.upstream", str(port)], cwd=_HERE)
-        self.gateways = {kind: Gateway(kind, cluster, settings, port) for kind in KINDS}
-        for gateway in self.gateways.values():
+        self._gateways = {kind: Gateway(kind, cluster, settings, port) for kind in _CALLBACKS}
+        for gateway in self._gateways.values():
             gateway.wait()
         environment = {**os.environ, "PYTHONPATH": str(_HERE / "src"), "LITELLM_SQLALCHEMY_SETTINGS": str(settings)}
         with (cluster.directory / "writer.log").open("ab") as log:
@@ -160,38 +168,50 @@ class Bench:
             json.dumps({**json.loads(sample.request), "model": "mock"}).encode() for sample in samples(200, 3)
         ]
         self._loads: dict[str, list[Load]] = {kind: [] for kind in KINDS}
-        for kind in KINDS:  # what LiteLLM loads at its first calls
+        for kind in ("alone", *KINDS):  # what LiteLLM loads at its first calls
             self._throughput(kind, 3)
 
     def stop(self) -> None:
         """End all."""
-        for gateway in self.gateways.values():
+        for gateway in self._gateways.values():
             gateway.stop()
         for process in (self._writer, self._upstream):
             process.terminate()
             process.wait(90)
 
     def latencies(self, calls: int, kinds: tuple[str, ...]) -> dict[str, list[float]]:
-        """Return the seconds of `calls` calls to each gateway, which take turns."""
-        connections = {kind: self.gateways[kind].connect() for kind in kinds}
+        """Return the seconds of `calls` calls to each kind, which take turns."""
         seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
-        for number in range(calls):
-            for turn in range(len(kinds)):
-                kind = kinds[(number + turn) % len(kinds)]
-                seconds[kind].append(call(connections[kind], self._bodies[number % len(self._bodies)]))
-        for connection in connections.values():
-            connection.close()
+        for first in range(0, calls, _TURN_CALLS):
+            for kind in kinds if first // _TURN_CALLS % 2 else reversed(kinds):
+                connection = self._gateway(kind).connect()
+                for _ in range(_FIRST_CALLS):
+                    call(connection, self._bodies[-1])
+                for number in range(first, min(first + _TURN_CALLS, calls)):
+                    seconds[kind].append(call(connection, self._bodies[number % len(self._bodies)]))
+                connection.close()
         return seconds
 
-    def throughputs(self, duration: float, rounds: int) -> dict[str, list[Load]]:
-        """Keep each gateway but the naive one busy for `duration` seconds, in turn, `rounds` times."""
+    def throughputs(self, duration: float) -> dict[str, list[Load]]:
+        """Keep each kind but the naive one busy for `duration` seconds in all, in turns."""
         kinds = KINDS[:3]
         found: dict[str, list[Load]] = {kind: [] for kind in kinds}
-        for number in range(rounds):
+        for number in range(int(duration / _TURN_SECONDS)):
             for kind in kinds if number % 2 else reversed(kinds):
-                found[kind].append(self._throughput(kind, duration))
+                found[kind].append(self._throughput(kind, _TURN_SECONDS))
                 self._loads[kind].append(found[kind][-1])
         return found
+
+    def memory_added(self) -> float:
+        """Return by how many megabytes the process with the log is larger than the one without a callback."""
+        return self._gateways["switched"].memory() - self._gateways["without"].memory()
+
+    def _gateway(self, kind: str) -> Gateway:
+        """Return the process that is a gateway of this kind now."""
+        if kind in KINDS[:3]:
+            self._gateways["switched"].turn_to(kind)
+            return self._gateways["switched"]
+        return self._gateways["naive" if kind == "naive" else "without"]
 
     def loads(self, kind: str) -> list[Load]:
         """Return what a gateway did so far."""
@@ -199,7 +219,7 @@ class Bench:
 
     def _throughput(self, kind: str, duration: float) -> Load:
         """Keep `_AT_ONCE` calls at a gateway for `duration` seconds."""
-        gateway, done, deadline = self.gateways[kind], [0] * _AT_ONCE, time.monotonic() + duration
+        gateway, done, deadline = self._gateway(kind), [0] * _AT_ONCE, time.monotonic() + duration
 
         def client(place: int) -> None:
             connection = gateway.connect()
