@@ -15,6 +15,7 @@ from typing import Any
 import psycopg2
 import yaml
 
+from benchmarks.processes import cpu_ticks
 from litellm_sqlalchemy.migrate import migrate
 from litellm_sqlalchemy.settings import Settings, load_settings
 
@@ -172,13 +173,3 @@ def running_cluster(more: str = "") -> Iterator[Cluster]:
         if cluster is not None:
             cluster.close()
         shutil.rmtree(directory)
-
-
-def cpu_ticks(pid: int, fields: tuple[int, ...]) -> list[int]:
-    """Return fields of /proc/PID/stat (proc(5), counted from 0), nothing for a process that is gone."""
-    try:
-        content = Path(f"/proc/{pid}/stat").read_text()
-    except FileNotFoundError:
-        return []
-    parts = content[content.rindex(")") + 2 :].split()
-    return [int(parts[field - 2]) for field in fields]

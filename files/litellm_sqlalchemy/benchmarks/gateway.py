@@ -27,15 +27,16 @@ import yaml
 from faults.proxy import FaultProxy, Toxics, fault_proxy
 from support.waiting import wait_until
 
-from benchmarks.cluster import Cluster, cpu_ticks, free_port
+from benchmarks.cluster import Cluster, free_port
 from benchmarks.data import samples
+from benchmarks.processes import cpu_ticks, memory
 from litellm_sqlalchemy.spool import read_counters
 
 KINDS = ("without", "empty", "with", "naive")
 #: States of the database: what the proxy does. Slow: 0.5 s a piece, some seconds a transaction.
 STATES = {"up": Toxics(), "slow": Toxics(latency=0.5), "down": Toxics(refuse=True)}
 #: Processes; the first one is only there for its memory.
-_CALLBACKS = {"without": [], "switched": ["benchmarks.switched.logger"], "naive": ["benchmarks.naive.logger"]}
+_CALLBACKS = {"alone": [], "switched": ["benchmarks.switched.logger"], "naive": ["benchmarks.naive.logger"]}
 #: The first is the gateways', the others are everybody else's; a machine with one core has no choice.
 _CORES = sorted(os.sched_getaffinity(0))
 _KEY = "sk-benchmark-of-the-gateway"
@@ -120,8 +121,7 @@ class Gateway:
 
     def memory(self) -> float:
         """Return the resident memory in megabytes."""
-        lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
-        return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) / 1024
+        return memory(self.process.pid, "VmRSS")
 
     def stop(self) -> None:
         """End the process."""
@@ -204,14 +204,14 @@ class Bench:
 
     def memory_added(self) -> float:
         """Return by how many megabytes the process with the log is larger than the one without a callback."""
-        return self._gateways["switched"].memory() - self._gateways["without"].memory()
+        return self._gateways["switched"].memory() - self._gateways["alone"].memory()
 
     def _gateway(self, kind: str) -> Gateway:
         """Return the process that is a gateway of this kind now."""
         if kind in KINDS[:3]:
             self._gateways["switched"].turn_to(kind)
             return self._gateways["switched"]
-        return self._gateways["naive" if kind == "naive" else "without"]
+        return self._gateways[kind]
 
     def loads(self, kind: str) -> list[Load]:
         """Return what a gateway did so far."""

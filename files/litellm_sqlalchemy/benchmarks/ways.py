@@ -18,6 +18,7 @@ from uuid import UUID
 import orjson
 from sqlalchemy.orm import Session
 
+from benchmarks.processes import memory
 from litellm_sqlalchemy.consumer import Consumer
 from litellm_sqlalchemy.database import make_engine
 from litellm_sqlalchemy.frames import Frame, Kind
@@ -141,12 +142,6 @@ WAYS = {
 }
 
 
-def peak_of_memory() -> float:
-    """Return the most resident memory so far in MB: getrusage would count that of what started the process, too."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024
-
-
 def main() -> None:
     """Run one way; print seconds, client CPU seconds and the process's peak of memory in megabytes."""
     way, file, count = sys.argv[1:]
@@ -158,7 +153,7 @@ def main() -> None:
     result = {
         "seconds": time.perf_counter() - seconds,
         "cpu": time.process_time() - cpu,
-        "memory": peak_of_memory(),
+        "memory": memory("self", "VmHWM"),  # getrusage would count that of what started the process, too
     }
     print(json.dumps(result), flush=True)
 

@@ -35,6 +35,16 @@ def drain(spool):
     consumer.close()
 
 
+def delivered(directory, **more):
+    """Return a spool that is drained after its producer has ended, and what was in it."""
+    spool = settings(directory, **more)
+    producer = Producer(spool)
+    written = append(producer)
+    producer.close()
+    drain(spool)
+    return spool, written
+
+
 def found(directory, since=0.0):
     return [frame.metadata for frame in delivered_since(directory, since)]
 
@@ -54,20 +64,12 @@ def test_what_was_delivered_is_found_again_in_its_order(tmp_path, alive):
 
 
 def test_segments_retired_before_the_time_are_left_out(tmp_path):
-    spool = settings(tmp_path)
-    producer = Producer(spool)
-    append(producer)
-    producer.close()
-    drain(spool)
+    delivered(tmp_path)
     assert found(tmp_path, time.time() + 10) == []
 
 
 def test_segments_go_when_their_time_is_over(tmp_path):
-    spool = settings(tmp_path, retain=100)
-    producer = Producer(spool)
-    append(producer)
-    producer.close()
-    drain(spool)
+    spool, _ = delivered(tmp_path, retain=100)
     Retention(spool).prune(now=time.time() + 90)
     assert found(tmp_path)
     Retention(spool).prune(now=time.time() + 110)
@@ -75,11 +77,7 @@ def test_segments_go_when_their_time_is_over(tmp_path):
 
 
 def test_what_was_removed_is_known_by_its_time(tmp_path):
-    spool = settings(tmp_path, retain=100)
-    producer = Producer(spool)
-    append(producer)
-    producer.close()
-    drain(spool)
+    spool, _ = delivered(tmp_path, retain=100)
     assert removed_until(tmp_path) == 0
     newest = max(file.stat().st_mtime for file in tmp_path.glob("retired/*/*.seg"))
     Retention(spool).prune(now=time.time() + 110)
@@ -87,21 +85,13 @@ def test_what_was_removed_is_known_by_its_time(tmp_path):
 
 
 def test_the_oldest_go_above_the_size(tmp_path):
-    spool = settings(tmp_path, retain_size=6000)
-    producer = Producer(spool)
-    written = append(producer)
-    producer.close()
-    drain(spool)
+    spool, written = delivered(tmp_path, retain_size=6000)
     Retention(spool).prune(now=time.time())
     assert 0 < sum(file.stat().st_size for file in tmp_path.glob("retired/*/*.seg")) <= 6000
     assert set(found(tmp_path)) < set(written)
 
 
 def test_nothing_is_kept_without_a_window(tmp_path):
-    spool = settings(tmp_path, retain=0)
-    producer = Producer(spool)
-    append(producer)
-    producer.close()
-    drain(spool)
+    delivered(tmp_path, retain=0)
     assert list(tmp_path.glob("retired/*/*")) == []
     assert removed_until(tmp_path) > time.time() - 10, "a replay can tell"
