@@ -2,6 +2,7 @@
 
 import asyncio
 import datetime
+import gc
 import grp
 import importlib.util
 import io
@@ -201,6 +202,17 @@ def test_a_previous_master_key_is_taken_for_the_present_one_until_its_end():
     headers = [(b"authorization", b"Bearer sk-old"), (b"x-api-key", b"sk-old"), (b"api-key", b"sk-older"), (b"a", b"b")]
     asyncio.run(around({"type": "http", "headers": headers}, None, None))
     assert seen == [{b"authorization": b"Bearer sk-new", b"x-api-key": b"sk-new", b"api-key": b"sk-older", b"a": b"b"}]
+
+
+def test_garbage_is_collected_in_service_but_not_among_what_was_loaded():
+    gc.disable()
+    try:
+        launcher.leave_out_what_is_loaded()
+        assert gc.isenabled()
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.enable()
+        gc.unfreeze()
 
 
 class Killed(Exception):

@@ -6,6 +6,7 @@ The credentials are put into the environment of the running program only: /proc/
 hold them. systemd is told that the unit is ready when LiteLLM's readiness check answers.
 """
 
+import gc
 import hmac
 import http.client
 import importlib.metadata
@@ -77,8 +78,20 @@ def keep_secrets_out_of_the_journal() -> None:
     sys.stdout, sys.stderr = Scrubbed(sys.stdout, scrubbed), Scrubbed(sys.stderr, scrubbed)
 
 
+def go_into_service() -> None:
+    """LiteLLM calls this hook at its start, when all is loaded and its middleware is built."""
+    leave_out_what_is_loaded()
+    accept_previous_keys()
+
+
+def leave_out_what_is_loaded() -> None:
+    """Collect garbage from now on, but not among what was loaded: to look at all of it keeps every request waiting."""
+    gc.freeze()
+    gc.enable()
+
+
 def accept_previous_keys() -> None:
-    """Stand around LiteLLM's application; LiteLLM calls this hook at its start, when its middleware is built."""
+    """Stand around LiteLLM's application."""
     from litellm.proxy.proxy_server import app
 
     file = Path(os.environ["CREDENTIALS_DIRECTORY"]) / PREVIOUS_KEYS
@@ -148,7 +161,8 @@ def main() -> None:
         if notify_socket := os.environ.pop("NOTIFY_SOCKET", None):
             threading.Thread(target=report_readiness, args=(host, port, notify_socket), daemon=True).start()
 
-    os.environ[HOOKS] = ",".join(filter(None, (f"{__name__}:accept_previous_keys", os.environ.get(HOOKS))))
+    os.environ[HOOKS] = ",".join(filter(None, (f"{__name__}:go_into_service", os.environ.get(HOOKS))))
+    gc.disable()  # to load LiteLLM makes much, and nothing that is garbage
     from litellm import run_server
 
     sys.argv = ["litellm", *arguments]
