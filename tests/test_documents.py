@@ -1,5 +1,6 @@
 """Documents cannot lie: every command that they show is one that exists, and what runs it is named here."""
 
+import functools
 import re
 import shlex
 import subprocess
@@ -88,6 +89,11 @@ def playbook_exists(words: list[str]) -> bool:
     playbook = next(word for word in words if word.endswith(".yml") and word != inventory)
     if "<" in inventory or "/your" in inventory:
         inventory = "inventories/staging"
+    return parses(inventory, playbook)
+
+
+@functools.cache
+def parses(inventory: str, playbook: str) -> bool:
     command = ["ansible-playbook", "-i", inventory, playbook, "--syntax-check"]
     return subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
 
