@@ -20,7 +20,10 @@ class Deployment:
     """A deployment whose lock lies on this machine."""
 
     def __init__(self, directory: Path) -> None:
-        """Write its inventory, and a playbook that takes the lock, does `work` and releases it."""
+        """Write its inventory and two playbooks that take the lock, do `work` and release it: a whole and a part.
+
+        The whole imports the part, without its work, before it does its own.
+        """
         self.directory, self.lock, self.working = directory, directory / "lock", directory / "working"
         here = {"connection": "local", "become": False, "python_interpreter": sys.executable}
         variables = {f"ansible_{name}": value for name, value in here.items()}
@@ -28,15 +31,17 @@ class Deployment:
         hosts = {"all": {"vars": variables, "children": {"postgresql": {"hosts": {"db1": None}}}}}
         (directory / "hosts.yml").write_text(yaml.safe_dump(hosts))
         work = {"name": "Work", "ansible.builtin.shell": "{{ work }}", "changed_when": False}
-        plays = [
-            {"name": "Take", "import_playbook": str(ROOT / "playbooks/take-lock.yml")},
-            {"name": "Work", "hosts": "postgresql", "gather_facts": False, "tasks": [work]},
-            {"name": "Release", "import_playbook": str(ROOT / "playbooks/release-lock.yml")},
-        ]
+        take, release = (
+            {"name": verb, "import_playbook": str(ROOT / f"playbooks/{verb}-lock.yml")} for verb in ("take", "release")
+        )
+        work_play = {"name": "Work", "hosts": "postgresql", "gather_facts": False, "tasks": [work]}
+        part = {"vars": {"deployment_lock_for": "part"}}
+        plays = [take, take | part, release | part, work_play, release]
         (directory / "play.yml").write_text(yaml.safe_dump(plays))
+        (directory / "part.yml").write_text(yaml.safe_dump([take | part, work_play, release | part]))
 
-    def start(self, work: str = "true", *prefix: str) -> subprocess.Popen[str]:
-        command = ["ansible-playbook", "-i", str(self.directory / "hosts.yml"), str(self.directory / "play.yml")]
+    def start(self, work: str = "true", *prefix: str, playbook: str = "play.yml") -> subprocess.Popen[str]:
+        command = ["ansible-playbook", "-i", str(self.directory / "hosts.yml"), str(self.directory / playbook)]
         return subprocess.Popen(
             [*prefix, *command, "-e", json.dumps({"work": work})],
             cwd=ROOT,
@@ -53,14 +58,23 @@ class Deployment:
         until(self.working.exists)
         return run
 
-    def run(self) -> str:
-        run = self.start()
+    def run(self, playbook: str = "play.yml") -> str:
+        run = self.start(playbook=playbook)
         output = run.communicate(timeout=60)[0]
         assert run.returncode == 0, output
         return output
 
     def has_ended(self) -> bool:
         return bool(json.loads(self.lock.read_text()).get("ended"))
+
+
+def test_each_part_of_the_site_that_changes_hosts_takes_the_lock_when_it_is_run_alone() -> None:
+    whole = [Path(play["import_playbook"]).stem for play in yaml.safe_load((ROOT / "site.yml").read_text())]
+    assert (whole[0], whole[-1]) == ("take-lock", "release-lock")
+    for part in set(whole[1:-1]) - {"preflight", "validation"}:
+        plays = yaml.safe_load((ROOT / f"playbooks/{part}.yml").read_text())
+        assert [play.get("import_playbook") for play in (plays[0], plays[-1])] == ["take-lock.yml", "release-lock.yml"]
+        assert [play["vars"]["deployment_lock_for"] for play in (plays[0], plays[-1])] == [part, part]
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -75,10 +89,11 @@ def deployment(tmp_path: Path) -> Deployment:
     return Deployment(tmp_path)
 
 
-def test_a_run_that_ends_well_leaves_no_lock(deployment: Deployment) -> None:
-    assert BROKEN_OFF not in deployment.run()
+@pytest.mark.parametrize("playbook", ["play.yml", "part.yml"])
+def test_a_run_that_ends_well_leaves_no_lock(deployment: Deployment, playbook: str) -> None:
+    assert BROKEN_OFF not in deployment.run(playbook)
     assert not deployment.lock.exists()
-    assert BROKEN_OFF not in deployment.run()
+    assert BROKEN_OFF not in deployment.run(playbook)
 
 
 def test_a_run_that_fails_frees_the_lock_for_every_other_machine(deployment: Deployment) -> None:
@@ -104,7 +119,7 @@ def test_a_run_that_is_ended_from_outside_frees_the_lock(deployment: Deployment,
 def test_a_second_run_stops_at_once_and_names_the_first(deployment: Deployment) -> None:
     first = deployment.at_work()
     try:
-        second = deployment.start()
+        second = deployment.start(playbook="part.yml")
         output = " ".join(second.communicate(timeout=60)[0].split())
         assert second.returncode != 0
         assert f"process {first.pid}, for" in output
