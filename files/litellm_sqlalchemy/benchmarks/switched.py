@@ -4,6 +4,7 @@ Processes of the same kind differ by 5 % in what a call takes: more than what is
 """
 
 import asyncio
+import gc
 from typing import Any
 
 import litellm
@@ -44,3 +45,4 @@ class _Switch:
 
 
 proxy_server.app.middleware_stack = _Switch()
+gc.freeze()  # as the launcher of the role `litellm` does
