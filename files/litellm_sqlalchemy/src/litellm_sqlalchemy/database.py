@@ -19,6 +19,9 @@ from litellm_sqlalchemy.settings import DatabaseSettings, load_credential
 #: Seconds of silence after which TCP asks whether the other side is there, and milliseconds until unanswered data
 #: ends the connection (tcp(7)): a cut network is noticed in 20 s instead of the kernel's 15 minutes.
 _KEEPALIVE = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 2, "tcp_user_timeout": 20_000}
+#: The same for the server's side, as settings of the session: a transaction that was cut off would hold its rows for
+#: minutes, and the next attempt to store them waits for it.
+_SERVER_KEEPALIVE = {f"tcp_{name.removeprefix('tcp_')}": value for name, value in _KEEPALIVE.items()}
 
 
 #: Connections of each engine.
@@ -117,7 +120,8 @@ def make_engine(
 
     `statement_timeout` is in seconds.
     """
-    options = f"-c statement_timeout={int(statement_timeout * 1000)}" if statement_timeout else ""
+    session = _SERVER_KEEPALIVE | ({"statement_timeout": int(statement_timeout * 1000)} if statement_timeout else {})
+    options = " ".join(f"-c {name}={value}" for name, value in session.items())
 
     def connect() -> Any:
         connection = psycopg2.connect(**connection_arguments(settings, login, application), options=options)
