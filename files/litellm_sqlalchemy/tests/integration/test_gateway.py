@@ -302,7 +302,7 @@ def test_no_spool_at_boot_then_killed_then_stopped(
         without_spool = Clients(gateway.url, "without-spool", upstream)
         without_spool.chat()
         assert without_spool.response.status_code == 200
-        assert gateway.state()["dropped"] == 2  # both records of the call
+        wait_until(lambda: gateway.state()["dropped"] == 2, "both records of the call are counted as dropped")
         assert f"spool directory {spool} does not exist" in gateway.log.read_text()
 
         spool.mkdir()
