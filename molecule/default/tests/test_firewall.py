@@ -171,6 +171,7 @@ def over_ssh(run: Run, address: str, tmp_path: Path) -> Iterator[Path]:
     inventory = tmp_path / "hosts.json"
     inventory.write_text(json.dumps({"all": {"hosts": {"gateway1": host}, "children": groups}}))
     yield inventory
+    run("systemctl", "kill", "--kill-whom=all", "ssh")  # a connection that Ansible keeps would keep the unit loaded
     run("systemctl", "stop", "ssh")
     run("rm", "/root/.ssh/authorized_keys")
 
