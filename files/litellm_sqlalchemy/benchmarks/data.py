@@ -139,7 +139,7 @@ def record(recorder: Recorder, sample: Sample, *, failed: bool = False) -> None:
     if failed:
         error = {"error_class": "InternalServerError", "error_code": "500", "error_message": "the provider says 500"}
         event = {**event, "status": "failure", "error_information": error}
-        call.attempts.append({"deployment": event["model_id"], "error_type": "InternalServerError", "ended_ms": 900.0})
+        call.attempts = [{"deployment": event["model_id"], "error_type": "InternalServerError", "ended_ms": 900.0}]
         call.failed = True
     call.event = event_of(event)
     call.ended_at = call.started + 0.9

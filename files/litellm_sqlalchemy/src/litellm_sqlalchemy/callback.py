@@ -117,7 +117,7 @@ class RequestLogger(CustomLogger):
         """One attempt at one deployment has failed."""
         call = current_call.get()
         if call is not None and not _is_health_check(call):
-            call.attempts.append(_attempt_of(call, request_data, exception))
+            call.attempts = (*call.attempts, _attempt_of(call, request_data, exception))
 
     @_guarded
     async def async_post_call_success_deployment_hook(self, request_data: Any, response: Any, call_type: Any) -> None:

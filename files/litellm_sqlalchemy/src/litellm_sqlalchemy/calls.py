@@ -14,8 +14,9 @@ import re
 import time
 import zlib
 from asyncio import TimerHandle, get_running_loop
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any
 
 import orjson
@@ -36,6 +37,10 @@ _LATE_EVENT = 1.0
 _KEY_HASH = re.compile(r"[0-9a-f]{64}|litellm_proxy_master_key")
 #: What LiteLLM puts in the place of content where a client or its own setting asks for it.
 _LITELLM_REDACTED = b"redacted-by-litellm"
+#: Stand for what is not known, or not any more. A call lives until LiteLLM's objects that refer to it are collected:
+#: each container of its own brings the next collection nearer.
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+_NO_BODY = Body(0)
 #: The call that the running task works for; LiteLLM runs its logging in the context of the request.
 current_call: ContextVar["Call | None"] = ContextVar("litellm_sqlalchemy_call", default=None)
 
@@ -72,6 +77,14 @@ class Call:
     done = False
     answer: Any = None
     """The last one of a deployment."""
+    headers: Mapping[str, str] = _NOTHING
+    """Those of the allow-list."""
+    caller: Mapping[str, Any] = _NOTHING
+    data: Mapping[str, Any] = _NOTHING
+    attempts: Sequence[Mapping[str, Any]] = ()
+    """Those that have failed."""
+    event: Mapping[str, Any] = _NOTHING
+    error: Mapping[str, Any] = _NOTHING
     _timer: TimerHandle | None = None
     _written: bool | None = None
     """Whether the request record stands in the spool; None: not tried."""
@@ -85,17 +98,11 @@ class Call:
         self.started = time.perf_counter()
         self.mode: Mode = recorder.policy.strictest  # until LiteLLM has accepted its caller
         self.request, self.response = Body(recorder.kept_size), Body(recorder.kept_size)
-        self.headers: dict[str, str] = {}  # those of the allow-list
-        self.caller: dict[str, Any] = {}
-        self.data: Mapping[str, Any] = {}
-        self.attempts: list[dict[str, Any]] = []
-        self.event: dict[str, Any] = {}
-        self.error: dict[str, Any] = {}
 
     def accept(self, key: Any, data: Mapping[str, Any], call_type: str | None) -> None:
         """Take note that LiteLLM has accepted the call, and write its request record."""
         self.noticed = self.accepted = True
-        self.event = {}  # of another call, which a hook before ours has made
+        self.event = _NOTHING  # of another call, which a hook before ours has made
         try:
             self.describe(key, data, call_type)
         finally:
@@ -211,8 +218,9 @@ class Call:
             self._recorder.write(Kind.RESPONSE, self.mode, self._outcome(), body, b"")
         # LiteLLM's objects refer to each other and to the context that holds this call: neither they nor the bodies
         # shall wait for the garbage collector.
-        self.data, self.event, self.answer = {}, {}, None
-        self.request, self.response = Body(0), Body(0)
+        self.caller = self.data = self.event = _NOTHING
+        self.answer = None
+        self.request = self.response = _NO_BODY
 
     def _status(self) -> str:
         if self.disconnected or self.event.get("error_code") == "499":

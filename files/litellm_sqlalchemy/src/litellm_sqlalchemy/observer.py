@@ -98,8 +98,8 @@ class CallObserver:
             for attribute, name, length in _KEPT_HEADERS:
                 if name in headers:
                     setattr(call, attribute, headers[name].decode("latin-1")[:length])
-            for name in self._recorder.headers & headers.keys():
-                call.headers[name.decode("latin-1")] = headers[name].decode("latin-1")[:512]
+            if kept := self._recorder.headers & headers.keys():
+                call.headers = {name.decode("latin-1"): headers[name].decode("latin-1")[:512] for name in kept}
         except Exception:
             self._recorder.fail("the observer")
             call = None

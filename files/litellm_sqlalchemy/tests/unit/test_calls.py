@@ -413,7 +413,7 @@ def test_retry_then_success(tmp_path: Path) -> None:
     recorder, producer = make_recorder(tmp_path)
     call = make_call(recorder)
     call.accept(None, {}, None)
-    call.attempts.append({"error_type": "E", "ended_ms": 1.0})
+    call.attempts = [{"error_type": "E", "ended_ms": 1.0}]
     call.event = event_of(FAILURE)
     call.event = event_of(SUCCESS)
     end(call)
