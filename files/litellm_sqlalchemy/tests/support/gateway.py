@@ -17,6 +17,9 @@ from support.upstream import Upstream
 from support.waiting import wait_until
 
 INPUT_COST, OUTPUT_COST = 1e-6, 2e-6
+#: Seconds that a gateway may take to start; of several workers uvicorn kills those that do not answer for 5 otherwise,
+#: which importing LiteLLM takes on a busy machine.
+_START_LIMIT = 240
 
 
 def _model(name: str, upstream: str, provider: str = "openai", served: str = "", **parameters: Any) -> dict[str, Any]:
@@ -141,9 +144,10 @@ class Gateway:
             "OPENAI_API_KEY": PROVIDER_KEY,
         }
         command = [str(Path(sys.executable).with_name("litellm")), "--config", "config.yaml"]
+        command += ["--num_workers", str(self.workers), "--timeout_worker_healthcheck", str(_START_LIMIT)]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [*command, "--host", "127.0.0.1", "--port", str(self.port), "--num_workers", str(self.workers)],
+                [*command, "--host", "127.0.0.1", "--port", str(self.port)],
                 cwd=self.directory,
                 env=environment,
                 stdout=log,
@@ -153,7 +157,7 @@ class Gateway:
 
     def wait(self) -> "Gateway":
         """Return when it serves."""
-        wait_until(lambda: self._answers() or self._ended(), "the gateway serves", timeout=240, interval=0.2)
+        wait_until(lambda: self._answers() or self._ended(), "the gateway serves", timeout=_START_LIMIT, interval=0.2)
         assert not self._ended(), self.log.read_text()[-8000:]
         return self
 
