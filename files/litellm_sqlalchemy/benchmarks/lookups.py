@@ -30,10 +30,11 @@ _ID = (
 
 
 class LookUp(NamedTuple):
-    """A question, the server's median time for it (milliseconds, planning included) and the time that is allowed."""
+    """A question, the server's median times to plan and to execute it, and what both may take; milliseconds."""
 
     name: str
-    milliseconds: float
+    planning: float
+    execution: float
     limit: float
 
 
@@ -84,11 +85,12 @@ def look_ups(cluster: Cluster, repeats: int = 5) -> Iterator[LookUp]:
         ("totals of a day by key", totals_query(["key"], day), 300),
     ]
     for name, query, limit in questions:
-        times = [_server_time(cluster, query) for _ in range(repeats + 1)][1:]
-        yield LookUp(name, statistics.median(times), limit)
+        times = [_server_times(cluster, query) for _ in range(repeats + 1)][1:]
+        planning, execution = (statistics.median(column) for column in zip(*times, strict=True))
+        yield LookUp(name, planning, execution, limit)
 
 
-def _server_time(cluster: Cluster, query: Select[Any]) -> float:
+def _server_times(cluster: Cluster, query: Select[Any]) -> tuple[float, float]:
     statement = query.compile(dialect=postgresql.dialect(), compile_kwargs={"literal_binds": True})  # type: ignore[no-untyped-call]
     (((plan,),),) = cluster.query(f"EXPLAIN (ANALYZE, TIMING OFF, FORMAT JSON) {statement}".replace("%%", "%"))
-    return float(plan["Planning Time"] + plan["Execution Time"])
+    return float(plan["Planning Time"]), float(plan["Execution Time"])
