@@ -120,8 +120,9 @@ def finish(job: Job) -> Job:
 
 
 def main(arguments: list[str]) -> int:
-    """Run the stages named in the arguments, all without any; return the exit code."""
-    todo = [job for stage in arguments[:1] or STAGES for job in jobs(stage, arguments[1:])]
+    """Run the stages named in the arguments, all without any; scenarios follow `molecule`. Return the exit code."""
+    named = arguments.index("molecule") + 1 if "molecule" in arguments else len(arguments)
+    todo = [job for stage in arguments[:named] or STAGES for job in jobs(stage, arguments[named:])]
     if len(todo) > 1:
         for job in todo:
             job.prefix = f"{job.name:<11} | "

@@ -1,8 +1,11 @@
 """The summary of all stages: what it counts, and that it names what failed."""
 
 import importlib.util
+import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SPECIFICATION = importlib.util.spec_from_file_location("run_tests", ROOT / "scripts/run_tests.py")
@@ -47,3 +50,25 @@ def test_jobs_run_at_once_and_their_lines_say_whose_they_are(monkeypatch, capfd,
     said = capfd.readouterr().out.splitlines()
     assert {"a           | met", "b           | met"} <= set(said)
     assert said[-1] == "2 passed, 0 failed, 0 skipped"
+
+
+def test_several_stages_run_and_scenarios_follow_the_last(monkeypatch):
+    asked = []
+    monkeypatch.setattr(run_tests, "jobs", lambda stage, scenarios: asked.append((stage, scenarios)) or [])
+    run_tests.main(["lint", "unit"])
+    run_tests.main(["unit", "molecule", "backup", "rotation"])
+    scenarios = ["backup", "rotation"]
+    assert asked == [("lint", []), ("unit", []), ("unit", scenarios), ("molecule", scenarios)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["lint", "uint"], "no stage is called uint"),
+        (["molecule", "backups"], "no scenario is called backups in molecule/"),
+    ],
+)
+def test_a_name_that_is_none_is_named_before_anything_runs(arguments, complaint):
+    done = subprocess.run([ROOT / "scripts/test", *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stdout.splitlines()[0] == complaint
