@@ -30,10 +30,10 @@ _ID = (
 
 
 class LookUp(NamedTuple):
-    """A question, the server's median times to plan and to execute it, and what both may take; milliseconds."""
+    """A question, the server's median time for it, that without planning, and what is allowed; milliseconds."""
 
     name: str
-    planning: float
+    milliseconds: float
     execution: float
     limit: float
 
@@ -86,11 +86,12 @@ def look_ups(cluster: Cluster, repeats: int = 5) -> Iterator[LookUp]:
     ]
     for name, query, limit in questions:
         times = [_server_times(cluster, query) for _ in range(repeats + 1)][1:]
-        planning, execution = (statistics.median(column) for column in zip(*times, strict=True))
-        yield LookUp(name, planning, execution, limit)
+        execution = statistics.median(executing for _, executing in times)
+        yield LookUp(name, statistics.median(map(sum, times)), execution, limit)
 
 
 def _server_times(cluster: Cluster, query: Select[Any]) -> tuple[float, float]:
+    """Return the milliseconds that the server plans a query and executes it."""
     statement = query.compile(dialect=postgresql.dialect(), compile_kwargs={"literal_binds": True})  # type: ignore[no-untyped-call]
     (((plan,),),) = cluster.query(f"EXPLAIN (ANALYZE, TIMING OFF, FORMAT JSON) {statement}".replace("%%", "%"))
     return float(plan["Planning Time"]), float(plan["Execution Time"])
