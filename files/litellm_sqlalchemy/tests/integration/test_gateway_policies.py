@@ -173,4 +173,5 @@ def test_a_call_that_cannot_be_logged_is_refused(
         "SELECT count(*) FROM requests JOIN responses ON request_id = id "
         "WHERE call_id = 'filling' AND status = 'success'"
     )
+    # a call whose outcome LiteLLM does not tell is written after `event_timeout`
     wait_until(lambda: database_of_policies.value(stored) == accepted, "what was accepted is stored", 60)

@@ -143,11 +143,14 @@ class Gateway:
             "OPENAI_API_BASE": self.upstream.url,
             "OPENAI_API_KEY": PROVIDER_KEY,
         }
-        command = [str(Path(sys.executable).with_name("litellm")), "--config", "config.yaml"]
-        command += ["--num_workers", str(self.workers), "--timeout_worker_healthcheck", str(_START_LIMIT)]
+        command = [
+            str(Path(sys.executable).with_name("litellm")), "--config", "config.yaml",
+            "--host", "127.0.0.1", "--port", str(self.port),
+            "--num_workers", str(self.workers), "--timeout_worker_healthcheck", str(_START_LIMIT),
+        ]  # fmt: skip
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [*command, "--host", "127.0.0.1", "--port", str(self.port)],
+                command,
                 cwd=self.directory,
                 env=environment,
                 stdout=log,
