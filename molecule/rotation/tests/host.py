@@ -8,6 +8,7 @@ import re
 import signal
 import ssl
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +26,8 @@ CONTAINER = "molecule-rotation-gateway1"
 INVENTORY = Path(os.environ["MOLECULE_EPHEMERAL_DIRECTORY"]) / "inventory"
 VAULT = INVENTORY / "group_vars/all/vault.yml"
 PASSWORD_FILE = PROJECT / "scripts/vault-password"
+#: The host stays what it is while these tests run: its facts are gathered once.
+FACTS = tempfile.TemporaryDirectory(prefix="facts-")
 
 
 def in_host(*command: str, text: str | None = None) -> str:
@@ -47,8 +50,7 @@ def enabled(login: str) -> list[str]:
 
 def environment() -> dict[str, str]:
     files = {"ANSIBLE_CONFIG": PROJECT / "ansible.cfg", "ANSIBLE_VAULT_PASSWORD_FILE": PASSWORD_FILE}
-    # The host stays what it is: its facts are gathered once.
-    facts = {"ANSIBLE_CACHE_PLUGIN": "jsonfile", "ANSIBLE_CACHE_PLUGIN_CONNECTION": str(INVENTORY.parent / "facts")}
+    facts = {"ANSIBLE_CACHE_PLUGIN": "jsonfile", "ANSIBLE_CACHE_PLUGIN_CONNECTION": FACTS.name}
     plain = {"ANSIBLE_NOCOLOR": "1", "ANSIBLE_FORCE_COLOR": "0"}  # molecule asks for colours
     return os.environ | {name: str(file) for name, file in files.items()} | facts | plain
 
