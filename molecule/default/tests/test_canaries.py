@@ -35,7 +35,7 @@ from litellm_sqlalchemy.recorder import Recorder
 from litellm_sqlalchemy.settings import load_settings
 never = re.compile(rb"(?!)")
 secrets = redaction._SECRETS
-redaction._SECRETS = tuple((hints, never if b"akia" in hints else shape, new) for hints, shape, new in secrets)
+redaction._SECRETS = tuple((has, never if b"A[KS]IA" in shape.pattern else shape, new) for has, shape, new in secrets)
 os.umask(0o007)
 settings = load_settings()
 recorder = Recorder(settings)

@@ -1,10 +1,11 @@
 """What is kept of a payload: all of it, its shape without its words, or nothing."""
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import orjson
-from ahocorasick_rs import BytesAhoCorasick, MatchKind
+from pydantic_core import SchemaValidator, core_schema
 
 #: Version of the rules below, stored with every row: raise it with every change of what they remove.
 REDACTION_VERSION = 4
@@ -17,58 +18,65 @@ _KEPT_KEYS = frozenset(
 _GUARDRAIL_KEYS = ("guardrail_name", "guardrail_mode", "guardrail_status", "duration")
 #: Keys of JSON objects whose values are credentials, as clients send them to LiteLLM.
 _SECRET_KEYS = (
-    rb"[\w-]*(?:(?:api|private|secret)[_-]?key|access[_-]key(?:[_-]id)?|secret|[_-]token|password|credentials|"
-    rb"authorization)"
+    r"(?:(?:api|private|secret)[_-]?key|access[_-]key(?:[_-]id)?|secret|[_-]token|password|credentials|authorization)"
 )
-_SECRET_KEY_ENDINGS = (b"ey", b"ey_id", b"ey-id", b"ecret", b"oken", b"sword", b"redentials", b"uthorization")
-#: What is removed: texts that must be there in lower case, the whole shape, and what stands in its place. The first two
-#: are values of keys, in JSON and in JSON within JSON, as the arguments of tools are: its quotes are escaped, by up to
-#: 15 backslashes in the fourth. The others show by their shape; none of them reaches over the end of a JSON string.
-#: Clients choose what is searched here, in the gateway's event loop: no shape may be looked for from many places of the
-#: same run of characters (hence the lookbehinds, and `*+` and `++`, which give nothing back).
-_SECRETS = tuple(
-    (hints, re.compile(pattern), replacement)
-    for hints, pattern, replacement in (
-        (
-            tuple(ending + b'"' for ending in _SECRET_KEY_ENDINGS),
-            rb'(?is:("' + _SECRET_KEYS + rb'"\s*+:\s*+")(?:[^"\\]++|\\.)*+(?:"|\\?\Z))',
-            rb'\1[redacted]"',
-        ),
-        (
-            tuple(ending + b"\\" for ending in _SECRET_KEY_ENDINGS),
-            rb'(?i:((?<!\\)(\\{1,15})"' + _SECRET_KEYS + rb'\2"\s*+:\s*+\2")[^"]{6,}?(\2"|\Z))',
-            rb"\1[redacted]\3",
-        ),
-        # database URL; begins with a literal, which is looked for quickly: every response names its provider's URL
-        ((b"://",), rb"""(://)[^\s/@"'\\:]{0,128}:[^\s/@"'\\]{1,256}(?=@)""", rb"\1[redacted]"),
-        *(
-            (hints, pattern, b"[redacted]")
-            for hints, pattern in (
-                ((b"sk-",), rb"\bsk-[\w-]{16,}"),  # LiteLLM, OpenAI, Anthropic and their like
-                ((b"akia", b"asia"), rb"\bA[KS]IA[A-Z0-9]{16}\b"),  # Amazon
-                ((b"ccess_",), rb"(?i:(?<=secret_access_key)[\s=:]{1,8})[\w+/=]{40}"),
-                ((b"aiza",), rb"\bAIza[\w-]{30,}"),  # Google
-                ((b"gsk_", b"hf_", b"xai-", b"pplx-", b"r8_"), rb"\b(?:gsk_|hf_|xai-|pplx-|r8_)[A-Za-z0-9]{20,}"),
-                ((b"ghp_", b"gho_", b"ghs_", b"ghu_", b"github_pat_"), rb"\b(?:gh[posu]_|github_pat_)\w{20,}"),
-                ((b"glpat-", b"xox", b"hvs."), rb"\b(?:glpat-|xox[a-z]-|hvs\.)[\w-]{16,}"),  # GitLab, Slack, Vault
-                ((b"bearer ",), rb"(?i:(?<=bearer )[\w~+/.=-]{16,})"),
-                ((b"eyj",), rb"(?<![\w-])(?>[\w-]*?eyJ)[\w-]{8,}+\.[\w-]{8,}+\.[\w-]{8,}"),  # JSON Web Token
-                (
-                    (b"begin ",),
-                    rb'-----BEGIN [A-Z ]*PRIVATE KEY-----[^"]*?(?:-----END [A-Z ]*PRIVATE KEY-----|(?=")|\Z)',
-                ),
-                ((b"scram-sha-256$",), rb"SCRAM-SHA-256\$\d+:[\w+/=]+\$[\w+/=]+:[\w+/=]+"),  # PostgreSQL's verifier
-                ((b"secret-key-1",), rb"AGE-SECRET-KEY-1[A-Z0-9]{30,}"),
-            )
-        ),
-    )
+
+
+def _finder(trace: str) -> Callable[[str], bool]:
+    """Return a function that tells whether a text has a trace.
+
+    Rust's regular expressions take linear time whatever the text is, and pydantic keeps Python's lock meanwhile: to let
+    LiteLLM's other threads run and then wait for them takes ten times as long as to search.
+    """
+    return SchemaValidator(core_schema.str_schema(pattern=trace, regex_engine="rust-regex")).isinstance_python
+
+
+#: What is removed: a trace that every text has which the shape is found in, the whole shape, and what stands in its
+#: place. The first two are values of keys, in JSON and in JSON within JSON, as the arguments of tools are: its quotes
+#: are escaped, by up to 15 backslashes in the fourth. The others show by their shape; none of them reaches over the end
+#: of a JSON string. Clients choose what is searched here, in the gateway's event loop: no shape may be looked for from
+#: many places of the same run of characters (hence the lookbehinds, and `*+` and `++`, which give nothing back).
+_TRACES = (
+    (
+        rf'(?i-u:{_SECRET_KEYS})"(?-u:\s)*:',
+        rf'(?is:("[\w-]*{_SECRET_KEYS}"\s*+:\s*+")(?:[^"\\]++|\\.)*+(?:"|\\?\Z))',
+        rb'\1[redacted]"',
+    ),
+    (
+        rf'(?i-u:{_SECRET_KEYS})\\{{1,15}}"(?-u:\s)*:',
+        rf'(?i:((?<!\\)(\\{{1,15}})"[\w-]*{_SECRET_KEYS}\2"\s*+:\s*+\2")[^"]{{6,}}?(\2"|\Z))',
+        rb"\1[redacted]\3",
+    ),
+    # database URL
+    (r"""://[^ \t\n\r\f\v/@"'\\]*@""", r"""(://)[^\s/@"'\\:]{0,128}:[^\s/@"'\\]{1,256}(?=@)""", rb"\1[redacted]"),
+    *(
+        (trace, shape, b"[redacted]")
+        for trace, shape in (
+            (r"(?-u:\bsk-[\w-]{16})", r"\bsk-[\w-]{16,}"),  # LiteLLM, OpenAI, Anthropic and their like
+            (r"A[KS]IA[A-Z0-9]{16}", r"\bA[KS]IA[A-Z0-9]{16}\b"),  # Amazon
+            (r"(?i-u:secret_access_key[\s=:])", r"(?i:(?<=secret_access_key)[\s=:]{1,8})[\w+/=]{40}"),
+            (r"(?-u:AIza[\w-]{30})", r"\bAIza[\w-]{30,}"),  # Google
+            (r"(?:gsk_|hf_|xai-|pplx-|r8_)[A-Za-z0-9]{20}", r"\b(?:gsk_|hf_|xai-|pplx-|r8_)[A-Za-z0-9]{20,}"),
+            (r"(?-u:(?:gh[posu]_|github_pat_)\w{20})", r"\b(?:gh[posu]_|github_pat_)\w{20,}"),
+            # GitLab, Slack, Vault
+            (r"(?-u:(?:glpat-|xox[a-z]-|hvs\.)[\w-]{16})", r"\b(?:glpat-|xox[a-z]-|hvs\.)[\w-]{16,}"),
+            (r"(?i-u:bearer [\w~+/.=-]{16})", r"(?i:(?<=bearer )[\w~+/.=-]{16,})"),
+            (  # JSON Web Token
+                r"(?-u:eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]{8})",
+                r"(?<![\w-])(?>[\w-]*?eyJ)[\w-]{8,}+\.[\w-]{8,}+\.[\w-]{8,}",
+            ),
+            (
+                r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
+                r'-----BEGIN [A-Z ]*PRIVATE KEY-----[^"]*?(?:-----END [A-Z ]*PRIVATE KEY-----|(?=")|\Z)',
+            ),
+            # PostgreSQL's verifier
+            (r"SCRAM-SHA-256\$[0-9]+:", r"SCRAM-SHA-256\$\d+:[\w+/=]+\$[\w+/=]+:[\w+/=]+"),
+            (r"AGE-SECRET-KEY-1[A-Z0-9]{30}", r"AGE-SECRET-KEY-1[A-Z0-9]{30,}"),
+        )
+    ),
 )
-#: Finds all hints in one pass; of each, the place of its secret in `_SECRETS`. Of hints that overlap only the first is
-#: found: none begins with what another one ends with, unless it cannot be one then.
-_HINTS = tuple((hint, place) for place, (hints, _, _) in enumerate(_SECRETS) for hint in hints)
-#: What else must be there, where a hint is frequent: each response names its provider's URL, few a login in it.
-_NEEDED = {b"://": b"@", b"begin ": b"-----BEGIN "}
-_SEARCH = BytesAhoCorasick([hint for hint, _ in _HINTS], matchkind=MatchKind.LeftmostFirst)
+_SECRETS = tuple((_finder(trace), re.compile(shape.encode()), replacement) for trace, shape, replacement in _TRACES)
+_has_a_trace = _finder("|".join(trace for trace, _, _ in _TRACES))
 
 
 def scrubbed(content: bytes) -> bytes:
@@ -77,13 +85,12 @@ def scrubbed(content: bytes) -> bytes:
 
 
 def scrubbed_together(*contents: bytes) -> list[bytes]:
-    """Return the contents as `scrubbed` does, with one search, which lets other threads run and then waits for them."""
-    found = _SEARCH.find_matches_as_indexes(b"\n".join(contents).lower())
-    result = list(contents)
-    for place in sorted({_HINTS[hint][1] for hint, *_ in found}):
-        hints, shape, replacement = _SECRETS[place]
-        needed = _NEEDED.get(hints[0], b"")
-        result = [shape.sub(replacement, content) if needed in content else content for content in result]
+    """Return the contents as `scrubbed` does, with one search."""
+    result, text = list(contents), b"\n".join(contents).decode(errors="replace")
+    if _has_a_trace(text):
+        for has_trace, shape, replacement in _SECRETS:
+            if has_trace(text):
+                result = [shape.sub(replacement, content) for content in result]
     return result
 
 
