@@ -142,7 +142,7 @@ def make_engine(
 
 @contextmanager
 def time_limit(engine: Engine, seconds: float) -> Iterator[None]:
-    """Cut the engine's connections when what is done with them takes longer: psycopg2 then raises OperationalError.
+    """Cut the engine's connections when what is done with them takes longer, and raise psycopg2.OperationalError.
 
     `statement_timeout` is the server's: one that is frozen, or stands behind a proxy that lost it, never answers.
     """
@@ -151,6 +151,10 @@ def time_limit(engine: Engine, seconds: float) -> Iterator[None]:
     timer.start()
     try:
         yield
+    except (DBAPIError, psycopg2.Error) as error:
+        if timer.finished.is_set():
+            raise psycopg2.OperationalError(f"no answer within {seconds:g} s") from error
+        raise
     finally:
         timer.cancel()
 

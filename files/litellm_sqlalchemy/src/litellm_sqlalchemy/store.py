@@ -161,14 +161,19 @@ class Store:
         with time_limit(self.engine, self._time_limit), self.engine.connect() as connection:
             transaction = connection.begin()
             cursor = connection.connection.cursor()
-            for kind in Kind:  # requests before the responses that refer to them
-                of_kind = [frame for frame in frames if frame.kind is kind]
-                if not of_kind:
-                    continue
-                reader = RowReader(of_kind, opaque=opaque)
-                inserted = (_insert_staged if staged else _copy)(cursor, TABLES[kind], reader)
-                dead = [DeadLetter(*misfit) for misfit in reader.misfits]
-                result += Delivery(inserted, len(of_kind) - len(dead) - inserted, dead)
+            try:
+                for kind in Kind:  # requests before the responses that refer to them
+                    of_kind = [frame for frame in frames if frame.kind is kind]
+                    if not of_kind:
+                        continue
+                    reader = RowReader(of_kind, opaque=opaque)
+                    inserted = (_insert_staged if staged else _copy)(cursor, TABLES[kind], reader)
+                    dead = [DeadLetter(*misfit) for misfit in reader.misfits]
+                    result += Delivery(inserted, len(of_kind) - len(dead) - inserted, dead)
+            except psycopg2.Error as error:
+                if cursor.connection.closed:  # a rollback would fail, too, and its error hide this one
+                    connection.invalidate(error)
+                raise
             if keep:
                 started = time.perf_counter()
                 transaction.commit()

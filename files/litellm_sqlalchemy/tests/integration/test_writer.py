@@ -299,6 +299,20 @@ def test_connections_are_reset_again_and_again(proxy: FaultProxy, harness: Harne
     wait_until(lambda: harness.writer.resources() <= before, "no file descriptor and no thread is left over")
 
 
+def test_session_is_ended_in_the_middle_of_a_batch(harness: Harness) -> None:
+    """The health tells why, not that there was nothing left to roll back."""
+    harness.writer.start()
+    with harness.server.connection(harness.database.name) as holder, holder.cursor() as cursor:
+        cursor.execute("BEGIN; LOCK TABLE responses IN EXCLUSIVE MODE")
+        harness.send(50)
+        waiting = (
+            "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE relation = 'responses'::regclass AND NOT granted"
+        )
+        wait_until(lambda: harness.database.query(waiting), "the writer waits for the table")
+        harness.degraded("retry", "SSL connection has been closed unexpectedly")
+    harness.settled()
+
+
 def test_partition(proxy: FaultProxy, harness: Harness) -> None:  # F24
     harness.deployment.update(database={"connect_timeout": 2})
     harness.writer.start()
@@ -320,7 +334,7 @@ def test_a_server_that_takes_all_and_answers_nothing(proxy: FaultProxy, harness:
     harness.drained()
     proxy.toxics = Toxics(frozen=True)
     harness.send(200)
-    harness.degraded("retry")
+    harness.degraded("retry", "no answer within 6 s")
     assert harness.writer.stop(15) == 0
     harness.writer.start()
     proxy.toxics = Toxics()
