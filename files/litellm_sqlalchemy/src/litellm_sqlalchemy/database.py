@@ -146,26 +146,28 @@ def time_limit(engine: Engine, seconds: float) -> Iterator[None]:
 
     `statement_timeout` is the server's: one that is frozen, or stands behind a proxy that lost it, never answers.
     """
-    timer = threading.Timer(seconds, _cut, (engine,))
+    is_over = threading.Event()
+
+    def cut() -> None:
+        is_over.set()
+        for connection in list(_open[engine]):
+            try:
+                with socket.socket(fileno=os.dup(connection.fileno())) as sock:
+                    sock.shutdown(socket.SHUT_RDWR)
+            except (OSError, psycopg2.Error):  # closed meanwhile
+                continue
+
+    timer = threading.Timer(seconds, cut)
     timer.daemon = True
     timer.start()
     try:
         yield
     except (DBAPIError, psycopg2.Error) as error:
-        if timer.finished.is_set():
+        if is_over.is_set():
             raise psycopg2.OperationalError(f"no answer within {seconds:g} s") from error
         raise
     finally:
         timer.cancel()
-
-
-def _cut(engine: Engine) -> None:
-    for connection in list(_open[engine]):
-        try:
-            with socket.socket(fileno=os.dup(connection.fileno())) as sock:
-                sock.shutdown(socket.SHUT_RDWR)
-        except (OSError, psycopg2.Error):  # closed meanwhile
-            continue
 
 
 @contextmanager
