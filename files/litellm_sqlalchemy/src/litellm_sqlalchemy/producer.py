@@ -439,12 +439,13 @@ class _Room:
         left = disk.f_bavail * disk.f_frsize - int(total * reserve)
         if reserve:
             left -= _BEGUN_BLOCKS * disk.f_frsize
-        self._full = f"`spool.reserve` leaves {reserve:.0%} of the file system of {directory} free"
+        full = f"`spool.reserve` leaves {reserve:.0%} of the file system of {directory} free"
         if cap is not None:
             others = len(producers(directory)) - 1
             left_of_cap = cap - spool_size(directory) - others * self._part
             if left_of_cap < left:
-                left, self._full = left_of_cap, f"the spool has reached `spool.max_size` of {cap} bytes"
+                left, full = left_of_cap, f"the spool has reached `spool.max_size` of {cap} bytes"
+        self._full = full  # now: the event loop may tell it at any time
         self._cost = time.thread_time() - started
         part = max(self._part, self._wanted)
         self._scarce = left < part

@@ -335,6 +335,23 @@ def test_the_reserve_is_left_to_others(small_disk: Path, deployment: Deployment,
     assert check(ledger, database, deployment.spool).dropped == ledger.dropped > 0
 
 
+def test_why_nothing_is_taken_does_not_change_while_the_spool_is_measured(tmp_path: Path) -> None:
+    """The producer's thread looks at the disk first, then at the cap."""
+    producer, ledger = Producer(SpoolSettings(directory=tmp_path, max_size=2_000_000)), Ledger()
+    ledger.send(producer, 1)
+    other = tmp_path / "producers" / "another"
+    other.mkdir()
+    for number in range(500):
+        (other / f"{number:010}.seg").write_bytes(bytes(4000))
+    wait_until(lambda: ledger.send(producer, 1) or producer.dropped, "the cap is reached")
+    reasons, deadline = set(), time.monotonic() + 2
+    while time.monotonic() < deadline:
+        ledger.send(producer, 1)
+        reasons.add(producer.last_error)
+    assert reasons == {"the spool has reached `spool.max_size` of 2000000 bytes"}
+    producer.close()
+
+
 def test_a_spool_of_many_files_is_not_measured_in_the_request_path(tmp_path: Path) -> None:
     """As in an outage with a cap: to look through all segments takes longer than a call may wait."""
     producer, ledger = Producer(SpoolSettings(directory=tmp_path, max_size=2_000_000, segment_size=4096)), Ledger()
