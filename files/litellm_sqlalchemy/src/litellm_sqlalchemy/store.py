@@ -157,19 +157,11 @@ class Store:
     def _transaction(self, frames: list[Frame], staged: bool, opaque: bool, *, keep: bool = True) -> Delivery:
         """Insert the rows of the frames in one transaction, which is rolled back unless they are to be kept."""
         self._before()
-        result = Delivery()
         with time_limit(self.engine, self._time_limit), self.engine.connect() as connection:
             transaction = connection.begin()
             cursor = connection.connection.cursor()
             try:
-                for kind in Kind:  # requests before the responses that refer to them
-                    of_kind = [frame for frame in frames if frame.kind is kind]
-                    if not of_kind:
-                        continue
-                    reader = RowReader(of_kind, opaque=opaque)
-                    inserted = (_insert_staged if staged else _copy)(cursor, TABLES[kind], reader)
-                    dead = [DeadLetter(*misfit) for misfit in reader.misfits]
-                    result += Delivery(inserted, len(of_kind) - len(dead) - inserted, dead)
+                result = _insert(cursor, frames, staged, opaque)
             except psycopg2.Error as error:
                 if cursor.connection.closed:  # a rollback would fail, too, and its error hide this one
                     connection.invalidate(error)
@@ -196,6 +188,19 @@ def _plain_call() -> list[Frame]:
         Frame(kind, 0, orjson.dumps(metadata), b"")
         for kind, metadata in ((Kind.REQUEST, request), (Kind.RESPONSE, response))
     ]
+
+
+def _insert(cursor: Any, frames: list[Frame], staged: bool, opaque: bool) -> Delivery:
+    result = Delivery()
+    for kind in Kind:  # requests before the responses that refer to them
+        of_kind = [frame for frame in frames if frame.kind is kind]
+        if not of_kind:
+            continue
+        reader = RowReader(of_kind, opaque=opaque)
+        inserted = (_insert_staged if staged else _copy)(cursor, TABLES[kind], reader)
+        dead = [DeadLetter(*misfit) for misfit in reader.misfits]
+        result += Delivery(inserted, len(of_kind) - len(dead) - inserted, dead)
+    return result
 
 
 def _copy(cursor: Any, table: TableCopy, rows: RowReader, into: str = "") -> int:
