@@ -24,7 +24,7 @@ PARTS = ("gateway", "storing", "lookups")
 
 
 class Figure(NamedTuple):
-    """A line of the table: what it is, its value, what it has to be and, in words, what it should be."""
+    """A line of the table: what it is, its value, what it has to be, in words what it should be, its standard error."""
 
     name: str
     value: float
@@ -32,6 +32,7 @@ class Figure(NamedTuple):
     least: float | None = None
     most: float | None = None
     aim: str = ""
+    error: float | None = None
 
     @property
     def is_kept(self) -> bool:
@@ -43,7 +44,8 @@ class Figure(NamedTuple):
         """Return the line."""
         limits = [f"{sign} {limit:g}" for sign, limit in ((">=", self.least), ("<=", self.most)) if limit is not None]
         text = ", ".join(part for part in (*limits, self.aim) if part)
-        return f"{self.name:<66} {self.value:>12.{self.digits}f}  {text}{'' if self.is_kept else '  MISSED'}"
+        error = "" if self.error is None else f"+-{self.error:.{self.digits}f}"
+        return f"{self.name:<66} {self.value:>12.{self.digits}f}{error:<9} {text}{'' if self.is_kept else '  MISSED'}"
 
 
 def main() -> int:
@@ -134,28 +136,30 @@ def _gateway(cluster: Cluster, options: argparse.Namespace) -> Iterator[Figure]:
 def _latencies(bench: gateway.Bench, state: str, options: argparse.Namespace) -> Iterator[Figure]:
     # the naive way waits for a database that is slow, call after call
     kinds = gateway.KINDS if state != "slow" else gateway.KINDS[:3]
-    seconds = bench.latencies(options.calls, kinds)
+    turns = bench.latencies(options.calls, kinds)
     for percent in (50, 99):
-        alone = gateway.percentile(seconds["without"], percent)
+        alone = gateway.percentile(turns["without"], percent)
         yield Figure(f"database {state}: p{percent} of LiteLLM alone, ms", alone * 1000, 2)
         for kind in kinds[1:]:
-            added = (gateway.percentile(seconds[kind], percent) - alone) * 1000
+            value, error = (part * 1000 for part in gateway.added(turns[kind], turns["without"], percent))
             limit = 1.0 if (kind, percent) == ("with", 99) else None
-            yield Figure(f"database {state}: ms added to p{percent}, {_NAMES[kind]}", added, 2, most=limit)
+            name = f"database {state}: ms added to p{percent}, {_NAMES[kind]}"
+            yield Figure(name, value, 2, most=limit, error=error)
 
 
 def _throughput(bench: gateway.Bench, state: str, options: argparse.Namespace) -> Iterator[Figure]:
     loads = bench.throughputs(options.seconds)
+    speeds = {kind: [load.calls_per_second for load in found] for kind, found in loads.items()}
+    costs = {kind: [load.cpu_per_call for load in found] for kind, found in loads.items()}
     for name, kind, base, least in (
         ("log to LiteLLM alone", "with", "without", 0.98),
         ("log to an empty callback", "with", "empty", None),
         ("an empty callback to LiteLLM alone", "empty", "without", None),
     ):
-        pairs = list(zip(loads[kind], loads[base], strict=True))
-        ratio = statistics.median(one.calls_per_second / other.calls_per_second for one, other in pairs)
-        yield Figure(f"database {state}: throughput, {name}", ratio, 3, least=least)
-        cpu = statistics.median(one.cpu_per_call / other.cpu_per_call - 1 for one, other in pairs)
-        yield Figure(f"database {state}: CPU per call added, {name}, %", cpu * 100, 2)
+        value, error = gateway.ratio(speeds[kind], speeds[base])
+        yield Figure(f"database {state}: throughput, {name}", value, 3, least=least, error=error)
+        value, error = gateway.ratio(costs[kind], costs[base])
+        yield Figure(f"database {state}: CPU per call added, {name}, %", (value - 1) * 100, 2, error=error * 100)
 
 
 #: Kinds of gateways, as the table calls them.

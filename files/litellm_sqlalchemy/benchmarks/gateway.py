@@ -4,21 +4,25 @@ What LiteLLM does for any callback is no cost of the log: the log stands beside 
 none. One process is all three in turn (`benchmarks.switched`); the naive way has its own.
 
 Latency: one request at a time, some to each kind in turn, so that whatever else the machine does meets all of them.
-Throughput: as many as go through at once, one kind at a time, in turn. The database is up, slow or down meanwhile:
-its connections go through a proxy. The gateways have a core of their own, which clients, provider, writer and
-PostgreSQL do not use: what these do is no part of a call.
+Throughput: as many as go through at once, one kind at a time, in turn. Turns are short, because a machine's pace
+changes within seconds; how far they differ tells how sure a figure is. The database is up, slow or down meanwhile: its
+connections go through a proxy. The gateways have a core of their own, which clients, provider, writer and PostgreSQL
+do not use: what these do is no part of a call.
 """
 
 import http.client
+import itertools
 import json
+import math
 import os
+import random
 import statistics
 import subprocess
 import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -42,9 +46,11 @@ _CORES = sorted(os.sched_getaffinity(0))
 _KEY = "sk-benchmark-of-the-gateway"
 _AT_ONCE = 8
 #: Calls to a kind, and seconds of load on it, before it is another one's turn.
-_TURN_CALLS, _TURN_SECONDS = 20, 2.0
+_TURN_CALLS, _TURN_SECONDS = 10, 1.0
 #: Calls at the begin of a turn that do not count: a gateway does not become another one in production.
-_FIRST_CALLS = 5
+_FIRST_CALLS = 3
+#: Times that turns are drawn to tell how far a percentile would be another one with other turns.
+_DRAWS = 200
 _HERE = Path(__file__).parents[1]
 
 
@@ -179,18 +185,18 @@ class Bench:
             process.terminate()
             process.wait(90)
 
-    def latencies(self, calls: int, kinds: tuple[str, ...]) -> dict[str, list[float]]:
-        """Return the seconds of `calls` calls to each kind, which take turns."""
-        seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
+    def latencies(self, calls: int, kinds: tuple[str, ...]) -> dict[str, list[list[float]]]:
+        """Return the seconds of `calls` calls to each kind, which take turns, by turn."""
+        turns: dict[str, list[list[float]]] = {kind: [] for kind in kinds}
         for first in range(0, calls, _TURN_CALLS):
             for kind in kinds if first // _TURN_CALLS % 2 else reversed(kinds):
                 connection = self._gateway(kind).connect()
                 for _ in range(_FIRST_CALLS):
                     call(connection, self._bodies[-1])
-                for number in range(first, min(first + _TURN_CALLS, calls)):
-                    seconds[kind].append(call(connection, self._bodies[number % len(self._bodies)]))
+                numbers = range(first, min(first + _TURN_CALLS, calls))
+                turns[kind].append([call(connection, self._bodies[number % len(self._bodies)]) for number in numbers])
                 connection.close()
-        return seconds
+        return turns
 
     def throughputs(self, duration: float) -> dict[str, list[Load]]:
         """Keep each kind but the naive one busy for `duration` seconds in all, in turns."""
@@ -278,6 +284,30 @@ def running_bench(cluster: Cluster) -> Iterator[Bench]:
             os.sched_setaffinity(0, _CORES)
 
 
-def percentile(values: list[float], percent: int) -> float:
-    """Return a percentile."""
-    return statistics.quantiles(values, n=100)[percent - 1]
+class Estimate(NamedTuple):
+    """A value, and its standard error."""
+
+    value: float
+    error: float
+
+
+def percentile(turns: list[list[float]], percent: int) -> float:
+    """Return a percentile of all that was measured in some turns."""
+    return statistics.quantiles(itertools.chain.from_iterable(turns), n=100)[percent - 1]
+
+
+def added(turns: list[list[float]], base: list[list[float]], percent: int) -> Estimate:
+    """Return by how much a percentile is above that of `base`, whose turns were taken beside these."""
+    value = percentile(turns, percent) - percentile(base, percent)
+    pairs = list(zip(turns, base, strict=True))
+    chance = random.Random(0)
+    draws = (zip(*chance.choices(pairs, k=len(pairs)), strict=True) for _ in range(_DRAWS))
+    differences = [percentile(list(ours), percent) - percentile(list(others), percent) for ours, others in draws]
+    return Estimate(value, statistics.stdev(differences))
+
+
+def ratio(values: Iterable[float], base: Iterable[float]) -> Estimate:
+    """Return the mean ratio (geometric) of the values of turns to those that were taken beside them."""
+    logarithms = [math.log(one / other) for one, other in zip(values, base, strict=True)]
+    mean = math.exp(statistics.fmean(logarithms))
+    return Estimate(mean, mean * statistics.stdev(logarithms) / math.sqrt(len(logarithms)))
