@@ -28,20 +28,24 @@ class Deployment:
         here = {"connection": "local", "become": False, "python_interpreter": sys.executable}
         variables = {f"ansible_{name}": value for name, value in here.items()}
         variables["deployment_lock_path"] = str(self.lock)
-        hosts = {"all": {"vars": variables, "children": {"postgresql": {"hosts": {"db1": None}}}}}
+        groups = {group: {"hosts": {host: None}} for group, host in (("postgresql", "db1"), ("litellm", "gateway1"))}
+        hosts = {"all": {"vars": variables, "children": groups}}
         (directory / "hosts.yml").write_text(yaml.safe_dump(hosts))
         work = {"name": "Work", "ansible.builtin.shell": "{{ work }}", "changed_when": False}
         take, release = (
             {"name": verb, "import_playbook": str(ROOT / f"playbooks/{verb}-lock.yml")} for verb in ("take", "release")
         )
-        work_play = {"name": "Work", "hosts": "postgresql", "gather_facts": False, "tasks": [work]}
+        work_play = {"name": "Work", "hosts": "postgresql:litellm", "gather_facts": False, "tasks": [work]}
         part = {"vars": {"deployment_lock_for": "part"}}
         plays = [take, take | part, release | part, work_play, release]
         (directory / "play.yml").write_text(yaml.safe_dump(plays))
         (directory / "part.yml").write_text(yaml.safe_dump([take | part, work_play, release | part]))
 
-    def start(self, work: str = "true", *prefix: str, playbook: str = "play.yml") -> subprocess.Popen[str]:
+    def start(
+        self, work: str = "true", *prefix: str, playbook: str = "play.yml", limit: str = "all"
+    ) -> subprocess.Popen[str]:
         command = ["ansible-playbook", "-i", str(self.directory / "hosts.yml"), str(self.directory / playbook)]
+        command += ["--limit", limit]
         return subprocess.Popen(
             [*prefix, *command, "-e", json.dumps({"work": work})],
             cwd=ROOT,
@@ -116,10 +120,11 @@ def test_a_run_that_is_ended_from_outside_frees_the_lock(deployment: Deployment,
     assert BROKEN_OFF in deployment.run()
 
 
-def test_a_second_run_stops_at_once_and_names_the_first(deployment: Deployment) -> None:
+@pytest.mark.parametrize("limit", ["all", "gateway1"])
+def test_a_second_run_stops_at_once_and_names_the_first(deployment: Deployment, limit: str) -> None:
     first = deployment.at_work()
     try:
-        second = deployment.start(playbook="part.yml")
+        second = deployment.start(playbook="part.yml", limit=limit)
         output = " ".join(second.communicate(timeout=60)[0].split())
         assert second.returncode != 0
         assert f"process {first.pid}, for" in output

@@ -1,5 +1,6 @@
 """Playbooks explain themselves, and site.yml only imports them."""
 
+import re
 import socket
 import subprocess
 import sys
@@ -106,3 +107,22 @@ def addresses(name):
 
 def localhost_rule(family, address):
     return f'{family} saddr {{ {address} }} tcp dport 9100 accept comment "metrics"'
+
+
+def test_a_fronts_own_certificate_leaves_the_projects_authority_alone(tmp_path):
+    """Its CA is the front's clients'; the database's clients trust what lies in the project's directory."""
+    play = next(play for play in yaml.safe_load((ROOT / "playbooks/haproxy.yml").read_text()) if "roles" in play)
+    (role,) = play["roles"]
+    directory = role["vars"]["haproxy_ca_directory"]
+    own = {"haproxy_tls_certificate_file": "front.pem"}
+    hosts = {"db1": {}, "gw1": {}, "gw2": own, "gw3": own, "gw4": own | {"haproxy_ca_directory": "/elsewhere"}}
+    for hosts["db1"], others in (({}, "pki"), ({"postgresql_tls_certificate_file": "db.pem"}, "pki/gateway")):
+        children = {"postgresql": {"hosts": {"db1": None}}, "litellm": {"hosts": dict.fromkeys(list(hosts)[1:])}}
+        (tmp_path / "hosts.yml").write_text(yaml.safe_dump({"all": {"hosts": hosts, "children": children}}))
+        debug = {"ansible.builtin.debug": {"msg": "{{ inventory_hostname }}=" + directory}, "vars": play["vars"]}
+        show = {"hosts": "litellm", "gather_facts": False, "tasks": [debug]}
+        (tmp_path / "play.yml").write_text(yaml.safe_dump([show]))
+        command = ["ansible-playbook", "-i", str(tmp_path / "hosts.yml"), str(tmp_path / "play.yml")]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        found = dict(re.findall(rf"msg: (gw\d)=(?:{tmp_path}/)?(\S+)", done.stdout))
+        assert found == {"gw1": others, "gw2": "pki/gw2", "gw3": "pki/gw3", "gw4": "/elsewhere"}, done.stdout

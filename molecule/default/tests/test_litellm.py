@@ -5,6 +5,7 @@ import re
 import time
 
 import pytest
+import yaml
 from conftest import PROJECT
 
 testinfra_hosts = ["litellm"]
@@ -115,6 +116,14 @@ def test_gateway_has_no_database_variable(host):
     names = {line.partition("=")[0] for line in environment}
     assert not names & set(DATABASE_VARIABLES)
     assert set(DATABASE_VARIABLES) <= set(show(host, GATEWAYS[0], "UnsetEnvironment").split())
+
+
+def test_a_variable_reaches_the_gateway_as_it_was_set(host):
+    """systemd gives a meaning to percent signs, quotes and backslashes."""
+    environment = host.check_output("tr '\\0' '\\n' < /proc/%s/environ", main_pid(host, GATEWAYS[0])).splitlines()
+    inventory = yaml.safe_load((PROJECT / "molecule/default/inventory/group_vars/all/main.yml").read_text())
+    ((name, value),) = inventory["litellm_environment"].items()
+    assert f"{name}={value}" in environment
 
 
 @pytest.mark.parametrize(("unit", "link"), [(GATEWAYS[0], "/opt/litellm"), (WRITER, "/opt/litellm-sqlalchemy")])
