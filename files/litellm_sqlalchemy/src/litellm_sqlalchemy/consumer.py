@@ -135,8 +135,6 @@ class Consumer:
 
         A producer whose files cannot be read keeps none of the others back; `problem` tells of it.
         """
-        if self._retention:
-            self._retention.prune()
         problem = ""
         for producer in producers(self.directory):
             try:

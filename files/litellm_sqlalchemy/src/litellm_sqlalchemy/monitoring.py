@@ -27,7 +27,7 @@ class Health:
 
     def __init__(self) -> None:
         """Start as healthy."""
-        self._database = self._spool = ("", "")
+        self._database = self._spool = self._retired = ("", "")
 
     def database(self, cause: ErrorClass | None, message: str = "") -> bool:
         """Say why the database takes nothing, or that it does; return whether that is news."""
@@ -39,9 +39,14 @@ class Health:
         known, self._spool = self._spool, ("spool" if message else "", message)
         return known != self._spool
 
+    def retired(self, message: str) -> bool:
+        """Say which delivered segment cannot be removed, likewise; what else is wrong with the spool counts more."""
+        known, self._retired = self._retired, ("spool" if message else "", message)
+        return known != self._retired
+
     def problem(self) -> tuple[str, str] | None:
         """Return a cause and its message, None where all is well."""
-        return next((problem for problem in (self._database, self._spool) if problem[0]), None)
+        return next((problem for problem in (self._database, self._spool, self._retired) if problem[0]), None)
 
 
 class Monitor:

@@ -35,6 +35,7 @@ class Retention:
         self._seconds, self._size = settings.retain, settings.retain_size
         self._free = max(_FREE, settings.reserve + _FREE / 2)  # more than what producers leave to others
         self._prune_at = 0.0
+        self.problem = ""  # why a segment cannot be removed
 
     def retire(self, segment: Path) -> None:
         """Keep a delivered segment, or remove it where that is not possible."""
@@ -54,22 +55,43 @@ class Retention:
         self._note_removed(time.time())
 
     def prune(self, *, now: float | None = None) -> None:
-        """Remove what is too old or too much, once a minute, and at once when the disk gets full."""
-        if now is None and time.monotonic() < self._prune_at and not self._is_disk_full():
-            return
-        self._prune_at = time.monotonic() + _PRUNE_INTERVAL
-        limit = (time.time() if now is None else now) - self._seconds
-        found = [(file.stat(), file) for file in self._directory.glob("*/*.seg")]
-        kept = sorted(found, key=lambda item: item[0].st_mtime)
+        """Remove what is too old or too much, once a minute, and at once when the disk gets full.
+
+        A segment that cannot be removed keeps none of the others; `problem` tells of it.
+        """
+        with self._noting():
+            if now is None and time.monotonic() < self._prune_at and not self._is_disk_full():
+                return
+            self._prune_at = time.monotonic() + _PRUNE_INTERVAL
+            self.problem = ""
+            self._remove((time.time() if now is None else now) - self._seconds)
+
+    def _remove(self, limit: float) -> None:
+        """Remove what was retired before a time (Unix), and the oldest of what is too much."""
+        kept = []
+        for file in self._directory.glob("*/*.seg"):
+            with self._noting():
+                kept.append((file.lstat(), file))
+        kept.sort(key=lambda item: item[0].st_mtime)
         size = sum(status.st_size for status, _file in kept)
         for status, file in kept:
             if status.st_mtime >= limit and size <= self._size and not self._is_disk_full():
                 break
-            file.unlink()
-            self._note_removed(status.st_mtime)
-            size -= status.st_size
-            if not any(file.parent.iterdir()):
-                file.parent.rmdir()
+            with self._noting():
+                file.unlink()
+                self._note_removed(status.st_mtime)
+                size -= status.st_size
+                if not any(file.parent.iterdir()):
+                    file.parent.rmdir()
+
+    @contextlib.contextmanager
+    def _noting(self) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError:  # gone meanwhile
+            pass
+        except OSError as error:
+            self.problem = f"{error.filename or self._spool}: {error.strerror}"
 
     def _note_removed(self, until: float) -> None:
         with contextlib.suppress(OSError):  # a disk without an inode left: a replay then tells less

@@ -49,7 +49,8 @@ class Writer:
         self.engine = make_engine(
             settings.database, "writer", "writer", statement_timeout=settings.writer.statement_timeout
         )
-        self._consumer = Consumer(settings.spool.directory, Retention(settings.spool))
+        self._retention = Retention(settings.spool)
+        self._consumer = Consumer(settings.spool.directory, self._retention)
         self.health = Health()
         self._monitor = Monitor(settings, self._consumer, self.health, self.engine)
         self._store = Store(
@@ -81,6 +82,7 @@ class Writer:
     def drain_once(self) -> bool:
         """Deliver one batch of each producer; return whether any was full, so that more is waiting."""
         more = False
+        self._prune()
         for batch in self._consumer.batches(self._settings.batch_size):
             if not self._deliver(batch):
                 return False
@@ -186,7 +188,14 @@ class Writer:
     def _wait(self, seconds: float) -> bool:
         """Wait; return False when the writer shall stop."""
         notify("WATCHDOG=1")
+        self._prune()  # in an outage, too: it is then that the disk gets full
         return not self._stop.wait(seconds)
+
+    def _prune(self) -> None:
+        """Remove delivered segments that are kept for too long, or that the live spool needs the room of."""
+        self._retention.prune()
+        if self.health.retired(self._retention.problem) and self._retention.problem:
+            _log.error("cannot remove a delivered segment: %s; the others are removed", self._retention.problem)
 
 
 def _interrupted(call: str) -> Frame:

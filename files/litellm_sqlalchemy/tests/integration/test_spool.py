@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults.disks import read_only
+from faults.disks import full_disk, read_only
 from faults.syscalls import DISK, count_calls, python, strace
 from support.drain import drain
 from support.oracle import check, spooled
-from support.postgresql import Database
+from support.postgresql import Database, free_port
 from support.processes import COMMAND, OTHER, Deployment, WriterProcess
 from support.records import BODY, Ledger, request
 from support.send import read_ledger
@@ -486,3 +486,34 @@ def test_the_thread_of_a_producer_outlives_what_it_did_not_expect(
     asyncio.run(producer.synced())
     assert producer.counters.unsynced == 0
     producer.close()
+
+
+def test_delivered_segments_make_room_in_an_outage(
+    small_disk: Path, deployment: Deployment, writer: WriterProcess, database: Database
+) -> None:
+    """The live spool comes first also while the writer waits for the database; what cannot be removed stops nothing."""
+    deployment.update(spool={"directory": str(small_disk), "segment_size": 4096})
+    producer, ledger = Producer(deployment.load().spool), Ledger()
+    ledger.send(producer, 40)
+    drain(deployment.load())
+    retired = list(small_disk.glob("retired/*/*.seg"))
+    assert retired
+    odd = retired[0].with_name("0000000000.seg")
+    odd.mkdir()
+    ledger.send(producer, 1)
+    usual = deployment.content["database"]["port"]
+    deployment.update(database={"port": free_port()})
+    writer.start()
+    wait_until(lambda: "Connection refused" in writer.health()["message"], "the writer waits for the database")
+    assert set(small_disk.glob("retired/*/*.seg")) == {odd, *retired}
+    with full_disk(small_disk, 300_000):
+        wait_until(lambda: list(small_disk.glob("retired/*/*.seg")) == [odd], "delivered segments are removed")
+        message = f"cannot remove a delivered segment: {odd}: Is a directory"
+        wait_until(lambda: message in writer.log.read_text(), "the log tells what could not be")
+        assert not writer.ended()
+    deployment.update(database={"port": usual})
+    assert writer.stop() == 0
+    writer.start()
+    producer.close()
+    wait_until(lambda: spool_status(small_disk).spooled == 0, "all is delivered")
+    assert check(ledger, database, deployment.spool).dropped == 0

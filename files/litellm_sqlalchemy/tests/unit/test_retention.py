@@ -95,3 +95,16 @@ def test_nothing_is_kept_without_a_window(tmp_path):
     delivered(tmp_path, retain=0)
     assert list(tmp_path.glob("retired/*/*")) == []
     assert removed_until(tmp_path) > time.time() - 10, "a replay can tell"
+
+
+def test_what_cannot_be_removed_keeps_no_others(tmp_path):
+    spool, _ = delivered(tmp_path, retain=100)
+    odd = next(tmp_path.glob("retired/*/")) / "0000000000.seg"
+    odd.mkdir()
+    retention = Retention(spool)
+    retention.prune(now=time.time() + 110)
+    assert retention.problem == f"{odd}: Is a directory"
+    assert list(tmp_path.glob("retired/*/*.seg")) == [odd]
+    odd.rmdir()
+    retention.prune(now=time.time() + 110)
+    assert retention.problem == ""
