@@ -36,6 +36,8 @@ _FULL_INTERVAL = 0.1
 _COUNTERS_INTERVAL = 5.0
 #: Seconds that a call waits for its record to be durable, at most: a disk that hangs must not stop the gateway.
 _SYNC_LIMIT = 5.0
+#: The most seconds between two fsyncs where one after the other fails: each has all that is not durable written again.
+_SYNC_PAUSE = 60.0
 #: Part of what the spool may take that a producer claims at once, and the most of it in bytes; with `when_full: refuse`
 #: half of it is left for the frames of calls that were accepted.
 _PART = 32
@@ -113,8 +115,9 @@ class Producer:
         self._segment: _Segment | None = None
         self._sealed: list[_Segment] = []
         self._rewrite: list[bytes] = []  # what a failed fsync may have lost
-        self._waiting: list[tuple[AbstractEventLoop, Future[None]]] = []
+        self._waiting: list[tuple[AbstractEventLoop, Future[bool]]] = []
         self._guard = threading.Lock()  # for all above
+        self._sync_at = self._sync_pause = 0.0  # the thread's own: no fsync before that time; the wait after a failure
         self._dirty = threading.Event()
         self._closed = threading.Event()
         self.counters = Counters()
@@ -161,16 +164,19 @@ class Producer:
         """With `fsync: always`, wait until all that was appended is on disk, for some seconds at most."""
         if self._settings.fsync != "always":
             return
-        loop = asyncio.get_running_loop()
-        future: Future[None] = loop.create_future()
+        loop, began = asyncio.get_running_loop(), time.monotonic()
+        future: Future[bool] = loop.create_future()
         with self._guard:
             self._waiting.append((loop, future))
         self._dirty.set()
         try:
-            await asyncio.wait_for(future, _SYNC_LIMIT)
+            durable = await asyncio.wait_for(future, _SYNC_LIMIT)
         except TimeoutError:
+            durable = False
+        if not durable:
             self.counters.unsynced += 1
-            _log.error("request log: a record is not durable after %.0f s; the call goes on", _SYNC_LIMIT)
+            waited = time.monotonic() - began
+            _log.error("request log: a record is not durable after %.1f s; the call goes on", waited)
 
     def check_space(self) -> None:
         """Raise SpoolError where the policy is to refuse calls that cannot be logged, and they cannot be."""
@@ -241,8 +247,9 @@ class Producer:
         try:
             for data in self._rewrite:
                 segment.append(data)
+                self._room.take(len(data))
         except OSError:
-            self._sealed.append(segment)
+            segment.close()  # all that it holds is still to be written again
             raise
         self._rewrite.clear()
         return segment
@@ -288,7 +295,7 @@ class Producer:
         """Sync and measure until the producer is closed; the thread's whole life."""
         look_at = 0.0
         while not self._closed.is_set():
-            if self._dirty.wait(_COUNTERS_INTERVAL) and self._settings.fsync != "always":
+            if self._dirty.wait(self._idle_time()) and self._settings.fsync != "always":
                 self._closed.wait(self._settings.fsync_interval)  # what comes meanwhile shares the fsync
             self._dirty.clear()
             try:
@@ -303,8 +310,15 @@ class Producer:
                 self._closed.wait(_RETRY_INTERVAL)
         self._sync_all()
 
+    def _idle_time(self) -> float:
+        """Return how long the thread may sleep where nothing is appended."""
+        left = self._sync_at - time.monotonic()
+        return min(left, _COUNTERS_INTERVAL) if left > 0 else _COUNTERS_INTERVAL
+
     def _sync_all(self) -> None:
-        """Sync the segments, oldest first; close those that are sealed."""
+        """Sync the segments, oldest first, unless that has failed just now; close those that are sealed."""
+        if time.monotonic() < self._sync_at and not self._closed.is_set():
+            return
         with self._guard:
             segments = [*self._sealed, *([self._segment] if self._segment else [])]
             counts = [len(segment.unsynced) for segment in segments]
@@ -323,14 +337,25 @@ class Producer:
                     if segment is not self._segment and not segment.unsynced:
                         self._sealed.remove(segment)
                         segment.close()
+        if any(counts):
+            self._pace(failed=failed)
         with self._guard:
             if failed and not self._rewrite:  # not durable yet: the next round syncs the segment that holds it
-                self._waiting = waiting + self._waiting
+                self._waiting = [waiter for waiter in waiting if not waiter[1].done()] + self._waiting
                 self._dirty.set()
                 return
+            durable = not self._rewrite  # what could not be written again yet may be lost
         for loop, future in waiting:
             with contextlib.suppress(RuntimeError):  # a loop that has ended meanwhile
-                loop.call_soon_threadsafe(_set_result, future)
+                loop.call_soon_threadsafe(_set_result, future, durable)
+
+    def _pace(self, *, failed: bool) -> None:
+        """Set when to sync again: at once after the first failure, later and later where others follow it."""
+        if failed:
+            self._sync_at = time.monotonic() + self._sync_pause
+            self._sync_pause = min(max(2 * self._sync_pause, _RETRY_INTERVAL), _SYNC_PAUSE)
+        else:
+            self._sync_pause = 0.0
 
     def _replace(self, segment: _Segment, error: OSError) -> None:
         """Write again, to a new segment, what a failed fsync may have lost.
@@ -349,7 +374,7 @@ class Producer:
             self._segment = None
             try:
                 self._segment = self._next_segment()
-            except (OSError, SpoolError) as second:  # the next frame tries again; nobody waits for it
+            except (OSError, SpoolError) as second:  # the next frame tries again; nobody waits for that
                 self.counters.last_error = str(second)
 
     def _measure(self) -> None:
@@ -452,6 +477,6 @@ class _Room:
         return min(part, left)
 
 
-def _set_result(future: Future[None]) -> None:
+def _set_result(future: Future[bool], durable: bool) -> None:
     if not future.done():
-        future.set_result(None)
+        future.set_result(durable)

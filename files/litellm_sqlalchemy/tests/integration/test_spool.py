@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -517,3 +518,63 @@ def test_delivered_segments_make_room_in_an_outage(
     producer.close()
     wait_until(lambda: spool_status(small_disk).spooled == 0, "all is delivered")
     assert check(ledger, database, deployment.spool).dropped == 0
+
+
+def test_an_fsync_that_keeps_failing_does_not_fill_the_spool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What may be lost is written again at once, and then ever more rarely; never is a file synced again."""
+    monkeypatch.setattr("litellm_sqlalchemy.producer._SYNC_LIMIT", 0.01)
+    monkeypatch.setattr("litellm_sqlalchemy.producer._RETRY_INTERVAL", 0.5)
+    files, times = [], []
+
+    def fail(descriptor: int) -> None:
+        times.append(time.monotonic())
+        files.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        raise OSError(5, "Input/output error")
+
+    producer, ledger = Producer(SpoolSettings(directory=tmp_path, fsync="always")), Ledger()
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "fdatasync", fail)
+        ledger.send(producer, 10)
+        wait_until(lambda: ledger.send(producer, 1) or asyncio.run(producer.synced()) or len(times) >= 4, "it is tried")
+    waits = [after - before for before, after in pairwise(times)]
+    assert waits[0] < 0.5
+    assert waits[1] >= 0.5
+    assert waits[2] >= 1
+    assert len(files) == len(set(files)), "a second fsync could tell of a success that is none"
+    assert len(list(tmp_path.rglob("*.seg"))) <= len(files) + 1
+    assert producer.counters.unsynced > 0
+    wait_until(lambda: not producer._sync_pause, "the disk is mended")
+    unsynced = producer.counters.unsynced
+    monkeypatch.setattr("litellm_sqlalchemy.producer._SYNC_LIMIT", 5)
+    asyncio.run(producer.synced())
+    assert producer.counters.unsynced == unsynced
+    assert producer._room._taken == sum(file.stat().st_size for file in tmp_path.rglob("*.seg"))
+    producer.close()
+    status = spool_status(tmp_path)
+    assert (status.spooled, status.dropped) == (ledger.received, 0)
+
+
+def test_a_record_that_cannot_be_written_again_is_not_called_durable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> int:
+        raise OSError(5, "Input/output error")
+
+    producer, ledger = Producer(SpoolSettings(directory=tmp_path, fsync="always")), Ledger()
+    ledger.send(producer, 1)
+    asyncio.run(producer.synced())
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "fdatasync", fail)
+        broken.setattr("litellm_sqlalchemy.producer.make_file", fail)
+        ledger.send(producer, 1)
+        started = time.monotonic()
+        asyncio.run(producer.synced())
+        assert time.monotonic() - started < 3, "nobody waits for what nobody writes"
+        assert producer.counters.unsynced == 1
+    ledger.send(producer, 1)
+    wait_until(lambda: asyncio.run(producer.synced()) or producer._segment is not None, "it is written again")
+    assert producer.counters.unsynced == 1
+    producer.close()
+    status = spool_status(tmp_path)
+    assert (status.received, status.spooled, status.dropped) == (ledger.received, 6, 0)
+    assert len(list(tmp_path.rglob("*.seg"))) == 2
