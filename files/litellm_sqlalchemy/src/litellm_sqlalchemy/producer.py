@@ -62,7 +62,7 @@ class _Segment:
 
     def __init__(self, file: Path) -> None:
         self.folder = file.parent
-        self.descriptor = make_file(file, os.O_WRONLY | os.O_EXCL | os.O_APPEND)
+        self.descriptor = make_file(file, os.O_WRONLY | os.O_APPEND)  # empty, if an attempt that failed has left it
         self.size = 0
         self.unsynced: list[bytes] = []
         self.named = False  # whether the file's name is durable
@@ -242,8 +242,8 @@ class Producer:
 
     def _next_segment(self) -> _Segment:
         folder = self._folder or self._enter()
-        self._number += 1
-        segment = _Segment(folder / f"{self._number:010}.seg")
+        segment = _Segment(folder / f"{self._number + 1:010}.seg")
+        self._number += 1  # now: a first segment of another number than 1 means that the writer has lost its memory
         try:
             for data in self._rewrite:
                 segment.append(data)

@@ -578,3 +578,28 @@ def test_a_record_that_cannot_be_written_again_is_not_called_durable(
     status = spool_status(tmp_path)
     assert (status.received, status.spooled, status.dropped) == (ledger.received, 6, 0)
     assert len(list(tmp_path.rglob("*.seg"))) == 2
+
+
+@pytest.mark.parametrize("step", ["os.open", "litellm_sqlalchemy.spool._share"])
+def test_frames_before_the_first_segment_could_be_opened_are_counted(
+    step: str, deployment: Deployment, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As without a file descriptor left; the writer must not take the spool for one that it has forgotten."""
+    deployment.update(writer={"listen": None})
+    producer, ledger = Producer(deployment.load().spool), Ledger()
+    with producer._guard:
+        producer._enter()
+
+    def fail(*_: object) -> int:
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(step, fail)
+        ledger.send(producer, 5)
+    assert (ledger.dropped, producer.last_error) == (10, "Too many open files")
+    wait_until(lambda: _takes(producer, ledger), "the producer looks again")
+    assert [file.name for file in deployment.spool.rglob("*.seg")] == ["0000000001.seg"]
+    assert spool_status(deployment.spool).dropped == ledger.dropped
+    drain(deployment.load())
+    assert check(ledger, database, deployment.spool).dropped == ledger.dropped
+    producer.close()
