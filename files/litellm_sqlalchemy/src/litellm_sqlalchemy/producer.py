@@ -34,6 +34,8 @@ _log = logging.getLogger(__name__)
 _RETRY_INTERVAL = 1.0
 _FULL_INTERVAL = 0.1
 _COUNTERS_INTERVAL = 5.0
+#: Seconds after a failure before which a frame that is written does not end it: at its cap a spool takes one at times.
+_WELL_AFTER = 5.0
 #: Seconds that a call waits for its record to be durable, at most: a disk that hangs must not stop the gateway.
 _SYNC_LIMIT = 5.0
 #: The most seconds between two fsyncs where one after the other fails: each has all that is not durable written again.
@@ -111,6 +113,8 @@ class Producer:
         self._counters_file: int | None = None  # descriptor
         self._number = 0
         self._retry_at = 0.0
+        self._failing = ""  # why nothing was written, until it is over
+        self._failed_at = 0.0
         self._room = _Room(settings)
         self._segment: _Segment | None = None
         self._sealed: list[_Segment] = []
@@ -182,16 +186,19 @@ class Producer:
         """Raise SpoolError where the policy is to refuse calls that cannot be logged, and they cannot be."""
         if self._settings.when_full != "refuse":
             return
-        try:
-            with self._guard:
+        with self._guard:
+            try:
                 segment = self._open_segment()
                 try:
                     self._room.check()
                 except SpoolFull:
                     self._make_way(segment)
                     raise
-        except OSError as error:
-            raise SpoolError(f"spool directory {self._settings.directory}: {error.strerror}") from None
+            except (OSError, SpoolError) as error:
+                self._note(error, "calls are refused")
+                if isinstance(error, SpoolError):
+                    raise
+                raise SpoolError(f"spool directory {self._settings.directory}: {error.strerror}") from None
 
     def close(self) -> None:
         """Make all durable and let go of the lock."""
@@ -220,6 +227,8 @@ class Producer:
                 self._seal(segment)
             raise
         self._room.take(len(data))
+        if self._failing and time.monotonic() >= self._failed_at + _WELL_AFTER:
+            self._failing = ""
 
     def _make_way(self, segment: _Segment) -> None:
         """Go on in an empty segment: the writer can then remove what is delivered of this one."""
@@ -231,7 +240,7 @@ class Producer:
         """Return the segment to append to, a new one where there is none or it is full."""
         now = time.monotonic()
         if now < self._retry_at:
-            raise SpoolError(self.last_error)
+            raise SpoolError(self._failing)
         if self._segment is not None and self._segment.size >= self._settings.segment_size:
             self._seal(self._segment)
         if self._segment is None:
@@ -284,12 +293,17 @@ class Producer:
 
     def _drop(self, error: OSError | SpoolError) -> None:
         self.counters.dropped += 1
-        message = f"{error.strerror}" if isinstance(error, OSError) else str(error)
-        if message != self.last_error:
-            _log.error("request log: %s; events are dropped and counted until it is mended", message)
-        self.counters.last_error = message
+        self._note(error, "events are dropped and counted")
         self._write_counters()
         self._dirty.set()  # the thread looks whether there is room again
+
+    def _note(self, error: OSError | SpoolError, consequence: str) -> None:
+        """Say why nothing is written: at its first time, not for each frame or call."""
+        message = f"{error.strerror}" if isinstance(error, OSError) else str(error)
+        if message != self._failing:
+            _log.error("request log: %s; %s until it is mended", message, consequence)
+        self._failing, self._failed_at = message, time.monotonic()
+        self.counters.last_error = message
 
     def _work(self) -> None:
         """Sync and measure until the producer is closed; the thread's whole life."""

@@ -1,6 +1,9 @@
 """The spool on a disk that fails, fills up or loses its process at any system call."""
 
 import asyncio
+import contextlib
+import ctypes
+import errno
 import gc
 import os
 import re
@@ -602,4 +605,55 @@ def test_frames_before_the_first_segment_could_be_opened_are_counted(
     assert spool_status(deployment.spool).dropped == ledger.dropped
     drain(deployment.load())
     assert check(ledger, database, deployment.spool).dropped == ledger.dropped
+    producer.close()
+
+
+def test_a_call_that_cannot_be_logged_is_refused_with_the_reason_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Between two attempts, too; the log is told once for each time that it fails."""
+    monkeypatch.setattr("litellm_sqlalchemy.producer._WELL_AFTER", 0)
+    producer, ledger = Producer(SpoolSettings(directory=tmp_path, when_full="refuse", segment_size=4096)), Ledger()
+
+    def fail(*_: object) -> int:
+        raise OSError(24, "Too many open files")
+
+    for times in (1, 2):
+        with monkeypatch.context() as broken:
+            broken.setattr("litellm_sqlalchemy.producer.make_file", fail)
+            for _ in range(20):
+                with contextlib.suppress(SpoolError):
+                    producer.check_space()
+                    ledger.send(producer, 1)
+            for _ in range(2):
+                with pytest.raises(SpoolError, match="Too many open files"):
+                    producer.check_space()
+        assert producer.last_error == "Too many open files"
+        assert caplog.text.count("request log: Too many open files") == times
+        wait_until(lambda: _accepts(producer), "the producer looks again")
+        ledger.send(producer, 1)
+    producer.close()
+
+
+@pytest.mark.parametrize(("well_after", "lines"), [(0, 2), (5, 1)])
+def test_the_log_is_told_of_each_outage_once(
+    well_after: int, lines: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One outage does not end with a frame that happens to be written."""
+    monkeypatch.setattr("litellm_sqlalchemy.producer._WELL_AFTER", well_after)
+    monkeypatch.setattr("litellm_sqlalchemy.producer._RETRY_INTERVAL", 0)
+    producer, ledger = Producer(SpoolSettings(directory=tmp_path)), Ledger()
+    ledger.send(producer, 1)
+
+    def fail(*_: object) -> int:
+        ctypes.set_errno(errno.EIO)
+        return -1
+
+    for _ in range(2):
+        with monkeypatch.context() as broken:
+            broken.setattr("litellm_sqlalchemy.producer._write", fail)
+            ledger.send(producer, 3)
+        assert _takes(producer, ledger)
+    assert ledger.dropped == producer.dropped == 12
+    assert caplog.text.count("events are dropped and counted until it is mended") == lines
     producer.close()
