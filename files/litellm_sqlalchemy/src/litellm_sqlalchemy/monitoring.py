@@ -60,7 +60,7 @@ class Monitor:
         registry = self._registry = CollectorRegistry()
         registry.register(_SpoolCollector(consumer))
         pool = Gauge(f"{_PREFIX}pool_connections", "Connections in use", registry=registry)
-        pool.set_function(engine.pool.checkedout)  # type: ignore[attr-defined]
+        pool.set_function(lambda: engine.pool.checkedout())  # type: ignore[attr-defined] # each dispose() makes a new pool
         healthy = Gauge(f"{_PREFIX}healthy", "1 when nothing keeps the writer from its work", registry=registry)
         healthy.set_function(lambda: health.problem() is None)
         self._connections = Counter(f"{_PREFIX}connections", "Connections opened", registry=registry)

@@ -22,6 +22,7 @@ from support.processes import OTHER, Deployment, WriterProcess
 from support.waiting import wait_until
 
 from litellm_sqlalchemy.producer import Producer
+from litellm_sqlalchemy.writer import Writer
 
 
 @pytest.fixture
@@ -484,3 +485,13 @@ def test_the_writer_survives_a_signal_to_itself_only_as_asked(harness: Harness) 
     assert harness.writer.process is not None
     harness.writer.process.send_signal(signal.SIGINT)
     assert harness.writer.process.wait(10) == 0
+
+
+def test_connections_in_use_are_counted_after_the_pool_was_replaced(harness: Harness) -> None:
+    """As for a demoted primary, whose connections are all given up."""
+    writer = Writer(harness.deployment.load())
+    writer.engine.dispose()
+    with writer.engine.connect():
+        assert b"litellm_sqlalchemy_pool_connections 1.0" in writer._monitor.metrics()
+    writer._consumer.close()
+    writer.engine.dispose()
