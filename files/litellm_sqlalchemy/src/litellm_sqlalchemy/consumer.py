@@ -5,7 +5,6 @@ sequence number and the calls that have a request but no response yet, and the c
 replaced atomically after the database's commit: a crash in between delivers the batch again, which changes nothing.
 """
 
-import fcntl
 import logging
 import os
 import shutil
@@ -27,6 +26,7 @@ from litellm_sqlalchemy.spool import (
     STATE_FILE,
     HookTimes,
     Lock,
+    has_ended,
     open_directory,
     producers,
     read_counters,
@@ -315,21 +315,6 @@ def read_state(directory: Path) -> tuple[Totals, dict[str, Cursor]]:
         raise SpoolError(
             f"{file} is damaged ({error}): move it away; every frame is then delivered again, which adds no row twice"
         ) from None
-
-
-def has_ended(folder: Path) -> bool:
-    """Return whether the process that wrote a producer's folder is gone."""
-    try:
-        descriptor = os.open(folder / "lock", os.O_RDWR)
-    except FileNotFoundError:
-        return True
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    finally:
-        os.close(descriptor)
-    return True
 
 
 def sequences(folder: Path, cursor: Cursor) -> Iterator[int]:

@@ -20,6 +20,7 @@ from litellm_sqlalchemy.spool import (
     COUNTERS_SIZE,
     Counters,
     Lock,
+    has_ended,
     make_directory,
     make_file,
     open_directory,
@@ -480,7 +481,8 @@ class _Room:
             left -= _BEGUN_BLOCKS * disk.f_frsize
         full = f"`spool.reserve` leaves {reserve:.0%} of the file system of {directory} free"
         if cap is not None:
-            others = len(producers(directory)) - 1
+            folders = (directory / "producers" / name for name in producers(directory))
+            others = sum(not has_ended(folder) for folder in folders) - 1  # who is gone appends no more
             left_of_cap = cap - spool_size(directory) - others * self._part
             if left_of_cap < left:
                 left, full = left_of_cap, f"the spool has reached `spool.max_size` of {cap} bytes"

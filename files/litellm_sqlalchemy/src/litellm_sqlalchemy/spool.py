@@ -182,6 +182,21 @@ class Lock:
         os.close(self._descriptor)
 
 
+def has_ended(folder: Path) -> bool:
+    """Return whether the process that wrote a producer's folder is gone."""
+    try:
+        descriptor = os.open(folder / "lock", os.O_RDWR)
+    except FileNotFoundError:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: others may ask at the same time
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
 @dataclass
 class HookTimes:
     """What the callback's hooks did: calls that ended, hooks that failed, their time in all and by `HOOK_SECONDS`."""

@@ -657,3 +657,23 @@ def test_the_log_is_told_of_each_outage_once(
     assert ledger.dropped == producer.dropped == 12
     assert caplog.text.count("events are dropped and counted until it is mended") == lines
     producer.close()
+
+
+def test_processes_that_are_gone_take_no_room(tmp_path: Path) -> None:
+    """Each restart in an outage of the database leaves a folder, which may be almost empty."""
+    settings, ledger = SpoolSettings(directory=tmp_path, max_size=400_000), Ledger()
+    for _ in range(40):
+        producer = Producer(settings)
+        ledger.send(producer, 1)
+        producer.close()
+    living = [Producer(settings) for _ in range(3)]
+    for producer in living:
+        ledger.send(producer, 1)
+    assert ledger.dropped == 0
+    while not ledger.dropped:
+        for producer in living:
+            ledger.send(producer, 5)
+    size = sum(file.stat().st_size for file in tmp_path.rglob("*.seg"))
+    assert 300_000 < size <= 400_000, "the parts of those that live are left to them"
+    for producer in living:
+        producer.close()
