@@ -159,12 +159,15 @@ class Call:
                 names = (get("key_hash"), get("key_alias"), get("team_id"), get("model"))
                 self.mode = self._recorder.policy.mode(*names)
             payload, truncated = self._request_payload()
-            self._written = self._recorder.write(
-                Kind.REQUEST, self.mode, {**known, **self.caller}, self.request, payload, truncated
-            )
+            self._written = self._record(Kind.REQUEST, {**known, **self.caller}, self.request, payload, truncated)
         except Exception:  # something in the request that nobody thought of: the call itself is recorded all the same
             self._recorder.fail("the request record")
-            self._written = self._recorder.write(Kind.REQUEST, self.mode, known, self.request, b"")
+            self._written = self._record(Kind.REQUEST, known, self.request, b"")
+
+    def _record(
+        self, kind: Kind, metadata: dict[str, Any], body: Body | None, payload: bytes, truncated: bool = False
+    ) -> bool:
+        return self._recorder.write(kind, self.mode, metadata, body, payload, truncated, accepted=self.accepted)
 
     def conclude(self) -> None:
         """End the call where all is known: the exchange has ended and LiteLLM has told the outcome.
@@ -212,10 +215,10 @@ class Call:
         body = None if self.streamed else self.response
         try:
             payload, truncated = self._response_payload()
-            self._recorder.write(Kind.RESPONSE, self.mode, self._response_metadata(), body, payload, truncated)
+            self._record(Kind.RESPONSE, self._response_metadata(), body, payload, truncated)
         except Exception:
             self._recorder.fail("the response record")
-            self._recorder.write(Kind.RESPONSE, self.mode, self._outcome(), body, b"")
+            self._record(Kind.RESPONSE, self._outcome(), body, b"")
         # LiteLLM's objects refer to each other and to the context that holds this call: neither they nor the bodies
         # shall wait for the garbage collector.
         self.caller = self.data = self.event = _NOTHING

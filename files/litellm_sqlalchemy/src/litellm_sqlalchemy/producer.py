@@ -101,7 +101,7 @@ class Producer:
     `append` writes and returns; a thread makes durable what was written, within `fsync_interval` or, with `always`, at
     once: whoever awaits `synced` waits for that. No method raises because of the disk: what cannot be written is
     counted. With `when_full: refuse`, `check_space` tells the caller to refuse a call before it is accepted; what was
-    accepted is written as long as the disk takes it.
+    accepted is written as long as the disk takes it, and of other calls what leaves room for that.
     """
 
     def __init__(self, settings: SpoolSettings) -> None:
@@ -144,13 +144,13 @@ class Producer:
         """Why the last of them could not be."""
         return self.counters.last_error
 
-    def append(self, kind: Kind, metadata: bytes, payload: bytes = b"") -> bool:
-        """Append one frame; return whether it stands in the spool."""
+    def append(self, kind: Kind, metadata: bytes, payload: bytes = b"", *, accepted: bool = True) -> bool:
+        """Append one frame, of a call that was accepted or not; return whether it stands in the spool."""
         with self._guard:
             self.counters.received += 1
             frame = Frame(kind, self.counters.received, metadata, payload)
             try:
-                self._append(frames.encode(frame, self._seed))
+                self._append(frames.encode(frame, self._seed), accepted)
             except (OSError, SpoolError) as error:
                 self._drop(error)
                 return False
@@ -212,14 +212,16 @@ class Producer:
                 self._segment = None
             self._leave()
 
-    def _append(self, data: bytes) -> None:
+    def _append(self, data: bytes, accepted: bool) -> None:
         segment = self._open_segment()
-        if self._settings.when_full == "drop":  # otherwise the call was accepted, and is worth going beyond the cap
-            try:
+        try:
+            if self._settings.when_full == "drop":
                 self._room.claim(len(data))
-            except SpoolFull:
-                self._make_way(segment)
-                raise
+            elif not accepted:  # anybody can make such calls; one that was accepted is worth going beyond the cap
+                self._room.check(len(data))
+        except SpoolFull:
+            self._make_way(segment)
+            raise
         try:
             segment.append(data)
         except OSError as error:
@@ -441,11 +443,11 @@ class _Room:
         if size > self._left:
             raise SpoolFull(self._full)
 
-    def check(self) -> None:
-        """Raise SpoolFull where less than half a part is left. Raises OSError."""
+    def check(self, size: int = 0) -> None:
+        """Raise SpoolFull where `size` more bytes would leave less than half a part. Raises OSError."""
         if not self._part:
             self._left = self._measure()
-        self.claim(self._part // 2)
+        self.claim(self._part // 2 + size)
 
     def take(self, size: int) -> None:
         """Count what was appended."""

@@ -84,11 +84,13 @@ class Recorder:
         body: Body | None,
         payload: bytes,
         truncated: bool = False,
+        *,
+        accepted: bool,
     ) -> bool:
         """Append a record, its content by `mode`; return whether it stands in the spool.
 
         `truncated` says that the payload is only the beginning of what there was. The digest of `body` goes with it
-        where the payload, as it is written, is not that body.
+        where the payload, as it is written, is not that body. `accepted` says whether LiteLLM has accepted the call.
         """
         truncated = truncated or len(payload) > self.content.max_payload_size
         if kind is Kind.REQUEST:
@@ -106,7 +108,7 @@ class Recorder:
             of_payload["payload_digest"] = body.digest()
         if of_payload:
             text = text[:-1] + b"," + encoded(of_payload)[1:]  # one JSON object
-        return self.producer.append(kind, text, payload)
+        return self.producer.append(kind, text, payload, accepted=accepted)
 
     @property
     def hooks(self) -> HookTimes:

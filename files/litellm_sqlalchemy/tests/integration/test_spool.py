@@ -677,3 +677,24 @@ def test_processes_that_are_gone_take_no_room(tmp_path: Path) -> None:
     assert 300_000 < size <= 400_000, "the parts of those that live are left to them"
     for producer in living:
         producer.close()
+
+
+@pytest.mark.parametrize("limit", ["the cap", "the disk"])
+def test_calls_that_were_not_accepted_leave_room_for_those_that_were(limit: str, small_disk: Path) -> None:
+    """With `when_full: refuse`: who has no key must not be able to fill the spool up."""
+    cap = {"max_size": 1_000_000} if limit == "the cap" else {"reserve": 0}
+    settings = SpoolSettings(directory=small_disk, when_full="refuse", **cap)
+    producer, ledger = Producer(settings), Ledger()
+    producer.check_space()
+    ledger.send(producer, 1)
+    rejected = dropped = 0
+    while dropped < 5000:
+        rejected += 1
+        dropped += not producer.append(Kind.REQUEST, request(uuid7().hex), BODY, accepted=False)
+    size = sum(file.stat().st_size for file in small_disk.rglob("*.seg"))
+    assert size > 900_000
+    assert limit == "the disk" or size <= 1_000_000
+    ledger.send(producer, 10)
+    assert ledger.dropped == 0, "what was accepted before is still written"
+    assert (producer.received, producer.dropped) == (ledger.received + rejected, dropped)
+    producer.close()

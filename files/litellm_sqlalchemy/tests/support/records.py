@@ -129,12 +129,12 @@ class NotingProducer(Producer):
         super().__init__(settings)
         self.ledger = ledger
 
-    def append(self, kind: Kind, metadata: bytes, payload: bytes = b"") -> bool:
+    def append(self, kind: Kind, metadata: bytes, payload: bytes = b"", *, accepted: bool = True) -> bool:
         """Append and take note."""
         record = (kind, identifier(Frame(kind, 0, metadata, payload)))
         self.ledger.received += 1
         self.ledger.tried.add(record)
-        if super().append(kind, metadata, payload):
+        if super().append(kind, metadata, payload, accepted=accepted):
             self.ledger.acknowledged.add(record)
             return True
         self.ledger.dropped += 1

@@ -26,11 +26,13 @@ class FakeProducer:
 
     def __init__(self) -> None:
         self.records: list[tuple[Kind, dict[str, Any], bytes]] = []
+        self.accepted: list[bool] = []
         self.skipped = 0
         self.full = False
         self.counters = Counters()
 
-    def append(self, kind: Kind, metadata: bytes, payload: bytes = b"") -> bool:
+    def append(self, kind: Kind, metadata: bytes, payload: bytes = b"", *, accepted: bool = True) -> bool:
+        self.accepted.append(accepted)
         if not self.full:
             self.records.append((kind, orjson.loads(metadata), payload))
         return not self.full
@@ -568,3 +570,15 @@ def test_only_listed_headers_are_kept(tmp_path: Path, listed: list[str]) -> None
     asyncio.run(run())
     expected = {"x-request-id": "17", "x-note": "my key is [redacted]"} if listed else None
     assert producer.records[0][1]["headers"] == expected
+
+
+def test_the_spool_is_told_whether_a_call_was_accepted(tmp_path: Path) -> None:
+    recorder, producer = make_recorder(tmp_path)
+    call = make_call(recorder)
+    call.accept(None, {}, None)
+    call.event = event_of(SUCCESS)
+    end(call)
+    call = make_call(recorder)
+    call.noticed = call.failed = True
+    end(call)
+    assert producer.accepted == [True, True, False, False]
