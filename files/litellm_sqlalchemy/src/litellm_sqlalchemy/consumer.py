@@ -206,7 +206,7 @@ class Consumer:
         self._cursors[batch.producer] = batch.cursor
         self._save()
         folder = self.directory / "producers" / batch.producer
-        if batch.finished:
+        if batch.finished or not folder.is_dir():
             self._remove(folder)
             return
         for number, file in segments(folder):
@@ -229,13 +229,14 @@ class Consumer:
             segment.unlink()
 
     def _remove(self, folder: Path) -> None:
-        dead_letters.remove_requeued(folder)
-        for _, file in segments(folder):
-            self._discard(file)
-        with self.guard:
-            hooks = read_counters(folder).hooks
-            shutil.rmtree(folder)
-            self.totals.hooks += hooks
+        if folder.is_dir():  # no longer so where somebody removed it, or where only the last step failed before
+            dead_letters.remove_requeued(folder)
+            for _, file in segments(folder):
+                self._discard(file)
+            with self.guard:
+                hooks = read_counters(folder).hooks
+                shutil.rmtree(folder)
+                self.totals.hooks += hooks
         sync_directory(folder.parent)
         del self._cursors[folder.name]  # not before: what is left of the folder must not be delivered again
 

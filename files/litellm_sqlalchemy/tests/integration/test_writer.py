@@ -495,3 +495,20 @@ def test_connections_in_use_are_counted_after_the_pool_was_replaced(harness: Har
         assert b"litellm_sqlalchemy_pool_connections 1.0" in writer._monitor.metrics()
     writer._consumer.close()
     writer.engine.dispose()
+
+
+@pytest.mark.parametrize("alive", [False, True], ids=["gateway gone", "gateway alive"])
+def test_a_folder_that_is_removed_while_its_batch_waits(alive: bool, harness: Harness) -> None:
+    """Somebody made room by hand: the batch is delivered, and so is what others write."""
+    removed = Producer(harness.deployment.load().spool)
+    harness.ledger.send(removed, 5)
+    if not alive:
+        removed.close()
+    harness.server.stop()
+    harness.writer.start()
+    harness.degraded("retry")
+    shutil.rmtree(harness.deployment.spool / "producers" / removed._name)
+    harness.send(5)
+    harness.server.start()
+    harness.settled()
+    removed.close()

@@ -4,6 +4,8 @@ A state machine does what it likes - append, fill up, kill, drain, die between t
 of the integration tests looks at every state that has settled.
 """
 
+import errno
+import os
 import random
 import shutil
 import tempfile
@@ -19,7 +21,7 @@ from support.oracle import judge, tampered
 from support.records import BODY, Ledger, request, response
 
 from litellm_sqlalchemy import frames
-from litellm_sqlalchemy.consumer import Cursor, producers, read_state
+from litellm_sqlalchemy.consumer import Consumer, Cursor, producers, read_state
 from litellm_sqlalchemy.frames import Frame, Kind
 from litellm_sqlalchemy.identifiers import uuid7
 from litellm_sqlalchemy.producer import Producer
@@ -225,3 +227,26 @@ def test_control_the_judge_sees_every_wrong_counter_and_every_missing_row(tmp_pa
         judge(ledger, rows, tmp_path)
     with pytest.raises(AssertionError, match="never sent"):
         judge(ledger, [*store.rows, ((Kind.REQUEST, uuid7().hex), "")], tmp_path)
+
+
+def test_a_removed_folder_whose_directory_cannot_be_synced_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_directory: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    producer = Producer(SpoolSettings(directory=tmp_path))
+    Ledger().send(producer, 3)
+    producer.close()
+    consumer = Consumer(tmp_path)
+    [batch] = consumer.batches(1000)
+    delivery = FakeStore().deliver(batch.frames)
+    consumer.account(batch, delivery)
+    with monkeypatch.context() as patch:
+        patch.setattr("litellm_sqlalchemy.consumer.sync_directory", fail)
+        with pytest.raises(OSError, match="Input/output error"):
+            consumer.retire(batch, delivery)
+    assert list(consumer.cursors()) == [batch.producer], "what a crash may bring back is known"
+    consumer.retire(batch, delivery)
+    assert consumer.cursors() == {}
+    consumer.close()
