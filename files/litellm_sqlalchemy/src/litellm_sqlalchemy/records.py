@@ -46,7 +46,7 @@ _LENGTHS = [_INT4(size) for size in range(256)]
 _PIECE_SIZE = 64 * 1024
 #: U+0000 in JSON: an escape, unless its backslash is escaped itself.
 _NUL = re.compile(rb"(?<!\\)((?:\\\\)*)\\u0000")
-_UNFIT = (struct.error, ValueError, TypeError, OverflowError)
+_UNFIT = (struct.error, AttributeError, ValueError, TypeError, OverflowError)
 
 Metadata = dict[str, Any]
 
@@ -169,6 +169,11 @@ class RowReader:
                 row = encode_row(frame, opaque=self._opaque)
             except RowError as error:
                 self.misfits.append((frame, str(error)))
+                continue
+            except MemoryError:  # no fault of the frame
+                raise
+            except Exception as error:  # psycopg2 would make a cancelled query of it, which is tried again for ever
+                self.misfits.append((frame, f"{type(error).__name__}: {error}"))
                 continue
             rows.append(row)
             size += len(row)

@@ -24,8 +24,8 @@ from litellm_sqlalchemy.database import ErrorClass, make_engine
 from litellm_sqlalchemy.frames import Frame, Kind
 from litellm_sqlalchemy.identifiers import uuid7
 from litellm_sqlalchemy.models import Request, Response
-from litellm_sqlalchemy.records import TABLES, encode_payload
-from litellm_sqlalchemy.store import Delivery, Store, Unavailable
+from litellm_sqlalchemy.records import TABLES, encode_payload, encode_row
+from litellm_sqlalchemy.store import DeadLetter, Delivery, Store, Unavailable
 
 
 @pytest.fixture
@@ -126,6 +126,7 @@ POISON: dict[str, Any] = {
     "no id": {"id": None},
     "not a UUID": {"id": "nobody"},
     "wrong type": {"model": 17},
+    "wrong type in a list": {"tags": [1]},
     "no such origin": {"origin": "elsewhere"},
     "an index entry too long": {"user_id": os.urandom(9000).hex()},
     "no address": {"client_address": "localhost"},
@@ -411,3 +412,20 @@ def test_deadlock_or_serialization_failure_is_tried_again(store: Store, database
         assert caught.value.cause is ErrorClass.RETRY
     database.execute("DROP TRIGGER refuse ON requests")
     assert store.deliver(pairs(2)).inserted == 4
+
+
+def test_an_error_of_our_own_code_costs_one_frame(  # F45
+    store: Store, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a file that COPY reads, psycopg2 would tell PostgreSQL to cancel the query, as after a timeout."""
+    frames = pairs(3)
+
+    def encode(frame: Frame, *, opaque: bool = False) -> bytes:
+        if frame == frames[5]:
+            raise KeyError("odd")
+        return encode_row(frame, opaque=opaque)
+
+    monkeypatch.setattr("litellm_sqlalchemy.records.encode_row", encode)
+    delivery = store.deliver(frames)
+    assert (delivery.dead, delivery.inserted) == ([DeadLetter(frames[5], "KeyError: 'odd'")], 5)
+    assert _counts(database) == (3, 2)
