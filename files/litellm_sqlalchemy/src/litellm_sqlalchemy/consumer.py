@@ -40,7 +40,7 @@ from litellm_sqlalchemy.store import Delivery
 _log = logging.getLogger(__name__)
 
 #: Bytes read from a segment at once; a longer frame doubles it. A batch ends when it holds as much.
-_READ_SIZE = 2 * 1024 * 1024
+READ_SIZE = 2 * 1024 * 1024
 
 
 @dataclass
@@ -261,7 +261,7 @@ class Consumer:
     def _read_segment(folder: Path, batch: Batch, limit: int, *, complete: bool) -> bool:
         """Add what a segment holds; return whether nothing is left in it that can be read now."""
         cursor = batch.cursor
-        size = _READ_SIZE
+        size = READ_SIZE
         seed = frames.seed_of(batch.producer)
         with (folder / f"{cursor.segment:010}.seg").open("rb") as file:
             end = os.fstat(file.fileno()).st_size
@@ -277,7 +277,7 @@ class Consumer:
                         batch.damages.append(found)
                     else:
                         batch.frames.append(found)
-                    if len(batch.frames) >= limit or batch.size >= _READ_SIZE:
+                    if len(batch.frames) >= limit or batch.size >= READ_SIZE:
                         return False
                 if reaches_end:
                     return True

@@ -4,26 +4,33 @@ A call that ran while the database went back has lost its request, for which its
 there again, such dead letters get another chance.
 """
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 
-from litellm_sqlalchemy.database import make_engine
+from litellm_sqlalchemy.consumer import READ_SIZE
+from litellm_sqlalchemy.database import ErrorClass, make_engine
 from litellm_sqlalchemy.dead_letters import read_letters, requeue
 from litellm_sqlalchemy.errors import DatabaseError
-from litellm_sqlalchemy.frames import Frame
+from litellm_sqlalchemy.frames import Frame, body_size
 from litellm_sqlalchemy.retention import delivered_since
 from litellm_sqlalchemy.settings import Settings
 from litellm_sqlalchemy.spool import open_directory
-from litellm_sqlalchemy.store import Store, Unavailable
+from litellm_sqlalchemy.store import ANSWER_TIME, Delivery, Store, Unavailable
 
 #: How the reason of a dead letter says that its request is not there (foreign_key_violation).
 _FOREIGN_KEY = "SQLSTATE 23503"
+#: Attempts at a batch: as many as a thousand frames take to be halved down to one.
+_ATTEMPTS = 10
+_FIRST_DELAY = 0.1
 
 
 @dataclass
 class Replayed:
-    """Counts of frames: seen = restored + present + refused; and of dead letters that were requeued."""
+    """Counts of frames: seen = restored + present + refused; and of dead letters that were requeued.
+
+    What an attempt had stored before it failed is present at the next one.
+    """
 
     seen: int = 0
     restored: int = 0
@@ -48,12 +55,12 @@ def replay(settings: Settings, since: float) -> Replayed:
     It goes past the writer, whose counters know these frames already, and may run beside it.
     """
     engine = make_engine(settings.database, "writer", "replay", statement_timeout=settings.writer.statement_timeout)
-    store, result = Store(engine), Replayed()
+    store, result = Store(engine, settings.writer.statement_timeout + ANSWER_TIME), Replayed()
     directory = open_directory(settings.spool.directory)
     frames = delivered_since(directory, since)
     try:
         for batch in _batches(frames, settings.writer.batch_size):
-            delivery = store.deliver(batch, give_up_on_unknown=True)
+            delivery = _deliver(store, batch, settings.writer.retry_delay_max)
             result.seen += len(batch)
             result.restored += delivery.inserted
             result.present += delivery.duplicates
@@ -69,6 +76,27 @@ def replay(settings: Settings, since: float) -> Replayed:
     return result
 
 
-def _batches(frames: Iterator[Frame], size: int) -> Iterator[list[Frame]]:
-    while batch := list(islice(frames, size)):
+def _deliver(store: Store, batch: list[Frame], longest_delay: float) -> Delivery:
+    """Store a batch, in smaller parts after an attempt that took too long. Raises Unavailable."""
+    for attempt in range(1, _ATTEMPTS):
+        try:
+            return store.deliver(batch, give_up_on_unknown=True)
+        except Unavailable as error:
+            if error.cause is not ErrorClass.RETRY:
+                raise
+        time.sleep(min(longest_delay, _FIRST_DELAY * 2.0 ** (attempt - 1)))
+    return store.deliver(batch, give_up_on_unknown=True)
+
+
+def _batches(frames: Iterator[Frame], limit: int) -> Iterator[list[Frame]]:
+    """Yield batches as the writer has them: of at most `limit` frames, and no more once they hold `READ_SIZE` bytes."""
+    batch: list[Frame] = []
+    size = 0
+    for frame in frames:
+        batch.append(frame)
+        size += body_size(frame)
+        if len(batch) >= limit or size >= READ_SIZE:
+            yield batch
+            batch, size = [], 0
+    if batch:
         yield batch

@@ -28,6 +28,8 @@ from litellm_sqlalchemy.redaction import REDACTION_VERSION
 
 #: What a database, or the way to it, raises; SettingsError: the credential file is gone or being replaced.
 _ERRORS = (DBAPIError, psycopg2.Error, SettingsError, OSError)
+#: Seconds that the server's answer may take beyond `writer.statement_timeout`.
+ANSWER_TIME = 5.0
 _TIMEOUT = "57014"  # query_canceled: what `statement_timeout` ends with
 _DIALECT = postgresql.dialect()  # type: ignore[no-untyped-call]
 

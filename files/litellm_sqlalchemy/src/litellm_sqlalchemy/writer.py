@@ -20,7 +20,7 @@ from litellm_sqlalchemy.frames import Frame, Kind
 from litellm_sqlalchemy.monitoring import Health, Monitor
 from litellm_sqlalchemy.retention import Retention
 from litellm_sqlalchemy.settings import Settings
-from litellm_sqlalchemy.store import Delivery, Store, Unavailable
+from litellm_sqlalchemy.store import ANSWER_TIME, Delivery, Store, Unavailable
 
 _log = logging.getLogger(__name__)
 
@@ -31,8 +31,6 @@ _FIRST_DELAY = 0.1
 _PAUSE = 5.0
 #: Seconds without anything to deliver after which the database is asked whether it would take it.
 _IDLE = 30.0
-#: Seconds that the server's answer may take beyond `writer.statement_timeout`.
-_ANSWER_TIME = 5.0
 
 
 class _Stopping(Exception):
@@ -54,7 +52,7 @@ class Writer:
         self.health = Health()
         self._monitor = Monitor(settings, self._consumer, self.health, self.engine)
         self._store = Store(
-            self.engine, settings.writer.statement_timeout + _ANSWER_TIME, self._go_on, self._monitor.committed
+            self.engine, settings.writer.statement_timeout + ANSWER_TIME, self._go_on, self._monitor.committed
         )
         event.listen(self.engine, "connect", lambda *_: self._monitor.connected())
         self._asked_at = 0.0

@@ -5,18 +5,20 @@ from datetime import UTC, datetime
 
 import pytest
 from support.oracle import check
-from support.postgresql import Database
+from support.postgresql import Database, Server
 from support.processes import Deployment, WriterProcess
 from support.records import BODY, Ledger, request, response
 from support.waiting import wait_until
 
 from litellm_sqlalchemy import cli
-from litellm_sqlalchemy.errors import ExitCode
-from litellm_sqlalchemy.frames import Kind
+from litellm_sqlalchemy.consumer import READ_SIZE
+from litellm_sqlalchemy.errors import DatabaseError, ExitCode
+from litellm_sqlalchemy.frames import Frame, Kind, body_size
 from litellm_sqlalchemy.identifiers import uuid7
 from litellm_sqlalchemy.producer import Producer
 from litellm_sqlalchemy.replay import replay
 from litellm_sqlalchemy.status import spool_status
+from litellm_sqlalchemy.store import Delivery, Store
 
 CALLS = 30
 
@@ -92,3 +94,68 @@ def test_a_call_that_ran_while_the_database_went_back(
     assert database.query("SELECT status FROM responses WHERE request_id = %s", call) == [("success",)]
     check(ledger, database, deployment.spool)
     producer.close()
+
+
+def _noted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that is going to have the size of each batch that a store is given."""
+    sizes: list[int] = []
+
+    def deliver(store: Store, frames: list[Frame], *, give_up_on_unknown: bool = False) -> Delivery:
+        sizes.append(sum(map(body_size, frames)))
+        return delivering(store, frames, give_up_on_unknown=give_up_on_unknown)
+
+    delivering = Store.deliver
+    monkeypatch.setattr(Store, "deliver", deliver)
+    return sizes
+
+
+def test_batches_have_an_end_in_bytes(
+    deployment: Deployment, database: Database, writer: WriterProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thousand frames of a megabyte each would be as much memory, and one transaction."""
+    writer.start()
+    producer, since = Producer(deployment.load().spool), time.time()
+    Ledger().send(producer, 10, b'"' + bytes(500_000).hex().encode() + b'"')
+    wait_until(lambda: spool_status(deployment.spool).spooled == 0, "the spool is drained")
+    database.execute("TRUNCATE requests, responses, daily_usage")
+    sizes = _noted(monkeypatch)
+    assert replay(deployment.load(), since).restored == 20
+    assert max(sizes) < 2 * READ_SIZE
+    producer.close()
+
+
+def test_a_slow_database_gets_smaller_batches(
+    deployment: Deployment, database: Database, writer: WriterProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer.start()
+    producer, ledger, since = Producer(deployment.load().spool), Ledger(), time.time()
+    ledger.send(producer, 2 * CALLS)
+    wait_until(lambda: spool_status(deployment.spool).spooled == 0, "the spool is drained")
+    database.execute(
+        "TRUNCATE requests, responses, daily_usage",
+        "CREATE FUNCTION idle() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN PERFORM pg_sleep(0.05); RETURN NEW; END$$",
+        "CREATE TRIGGER idle BEFORE INSERT ON requests FOR EACH ROW EXECUTE FUNCTION idle()",
+    )
+    monkeypatch.setattr("litellm_sqlalchemy.replay.ANSWER_TIME", 0.5)
+    deployment.update(writer={"statement_timeout": 1})  # 20 requests
+    result = replay(deployment.load(), since)
+    assert (result.seen, result.restored + result.present, result.refused) == (4 * CALLS, 4 * CALLS, 0)
+    check(ledger, database, deployment.spool)
+    producer.close()
+
+
+def test_a_database_that_is_away_ends_the_replay(
+    deployment: Deployment, server: Server, writer: WriterProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer.start()
+    producer, since = Producer(deployment.load().spool), time.time()
+    _delivered(deployment, producer, Ledger())
+    producer.close()
+    server.stop()
+    deployment.update(writer={"retry_delay_max": 0.01})
+    sizes = _noted(monkeypatch)
+    with pytest.raises(DatabaseError, match=r"Connection refused.*; 0 frames were replayed before: run it again"):
+        replay(deployment.load(), since)
+    assert len(sizes) == 10
+    server.start()
+    assert replay(deployment.load(), since).present == 2 * CALLS
