@@ -16,7 +16,7 @@ description:
     are left alone.
   - A login pair <name> is the logins <name>_a and <name>_b. The one whose stored verifier fits the password is active.
     When none does, the password goes to an idle login, which is enabled, and the other stays valid until it is retired
-    (module postgresql_logins).
+    (module postgresql_logins). An enabled login without a verifier, as a dump restores it, gets the password itself.
   - PUBLIC loses its privileges on every database and on the schema public of each.
 options:
   port:
@@ -180,12 +180,16 @@ class Access:
         enabled.sort(key=lambda name: self.roles[name]["comment"])
         for name in (name for name in (a, b) if name not in enabled and self.roles[name]["verifier"]):
             self.do(f"take the password of idle login {name}", f"ALTER ROLE {name_of(name)} PASSWORD NULL")
-        fitting = [name for name in enabled if self.roles[name]["verifier"] == verifiers[name].get("stored")]
+        held = {name: self.roles[name]["verifier"] for name in enabled}
+        fitting = [name for name in enabled if held[name] and held[name] == verifiers[name].get("stored")]
         if fitting and fitting[-1] == enabled[-1]:
             return
         if fitting:
             # Back to the password of the login that was about to retire.
             self.enable(fitting[-1], None)
+        elif enabled and not held[enabled[-1]]:
+            # Restored of a dump, which holds no passwords: clients may still have its name.
+            self.enable(enabled[-1], verifiers)
         elif len(enabled) == 2:
             self.enable(self.replaceable(enabled), verifiers)
         else:
