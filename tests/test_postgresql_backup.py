@@ -1,5 +1,6 @@
 """The command postgresql-backup: what it keeps, what it refuses, what it says. What it does: molecule/backup."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -9,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 
 import postgresql_backup_filters
 import pytest
@@ -190,6 +192,42 @@ def test_a_point_and_an_lsn_take_the_last_backup_before_them():
     for target, reason in (("older", "before the end of the first"), ("new", "no point new; the last ones are older")):
         with pytest.raises(RefusedError, match=reason):
             restore.Target(name=target).options(found, now, points)
+
+
+HISTORY = '1\t0/301FC78\tat restore point "p1"\n\n2\t0/5000000\tno recovery target specified\n'
+
+
+def test_the_history_of_the_timeline_that_is_promoted_gets_archived_once(tmp_path):
+    state = tmp_path / "pg_wal/archive_status"
+    state.mkdir(parents=True)
+    restore._announce_timeline(tmp_path)  # restored of a dump: the first timeline has none
+    for name in ("00000002.history", "0000000A.history", "0000000A0000000000000003"):
+        (tmp_path / "pg_wal" / name).touch()
+    restore._announce_timeline(tmp_path)
+    assert [file.name for file in state.iterdir()] == ["0000000A.history.ready"]
+    (state / "0000000A.history.ready").rename(state / "0000000A.history.done")
+    restore._announce_timeline(tmp_path)
+    assert [file.name for file in state.iterdir()] == ["0000000A.history.done"]
+
+
+@pytest.mark.parametrize(
+    ("newest", "whole", "lacking"),
+    [
+        ("000000020000000000000004", True, ""),
+        ("000000020000000000000009", False, "one before it is missing"),
+        ("000000030000000000000004", True, "the history file of their timeline is missing"),
+    ],
+)
+def test_a_restore_that_missed_a_segment_or_a_timeline_says_so(monkeypatch, tmp_path, newest, whole, lacking):
+    (tmp_path / "pg_wal").mkdir()
+    (tmp_path / "pg_wal/00000003.history").write_text(HISTORY)
+    monkeypatch.setattr(restore, "session", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(restore, "rows", lambda *_: [("0/4100000", whole)])
+    monkeypatch.setattr(restore, "acting_as", contextlib.nullcontext)
+    cluster = SimpleNamespace(data=tmp_path, port=5433)
+    said = restore._gap(Settings([], [], {}), cluster, restore.Target(), newest)
+    assert said.endswith(lacking)
+    assert bool(said) == bool(lacking)
 
 
 def test_settings_name_what_is_wrong(tmp_path):

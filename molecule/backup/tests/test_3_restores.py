@@ -100,6 +100,11 @@ def test_a_lost_database_comes_back_and_the_spools_bring_what_its_recovery_point
     assert calls <= stored(db)
     again = gateway.run(f"litellm-sqlalchemy replay --since {point} --json")
     assert json.loads(again)["restored"] == 0
+    history = "/var/lib/postgresql/17/main/pg_wal/archive_status/*.history.done"
+    wait_until(lambda: db.try_run(f"ls {history}").returncode == 0)
+    db.run("postgresql-backup restore")  # begins with a base backup of before the promotion
+    assert calls <= stored(db, 5433)
+    db.run("postgresql-backup discard")
     db.run(f"systemctl start {BASE}")
     gateway.start()
 

@@ -82,6 +82,15 @@ def lsn_number(lsn: str) -> int:
     return (int(high, 16) << 32) + int(low, 16)
 
 
+def parse_history(text: str) -> dict[int, int]:
+    """Return the timelines that a timeline came from, as its history file has them: up to which LSN they were its past.
+
+    Source: writeTimeLineHistory() in src/backend/access/transam/timeline.c of PostgreSQL.
+    """
+    lines = [line.split() for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    return {int(words[0]): lsn_number(words[1]) for words in lines}
+
+
 def parse_backups(stanza: dict[str, Any]) -> list[BaseBackup]:
     """Return the backups of a stanza, as `pgbackrest info` has them."""
     found = [

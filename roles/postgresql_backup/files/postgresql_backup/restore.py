@@ -341,9 +341,16 @@ def _gap(settings: Settings, cluster: Restored, target: Target, segment: str) ->
         reached, whole = rows(
             connection, "SELECT pg_last_wal_replay_lsn()::text, pg_last_wal_replay_lsn() > %s::pg_lsn", start
         )[0]
-    return (
-        "" if whole else f"WAL after {reached}: the archive has segments up to {segment}, and one before it is missing"
-    )
+    with acting_as("postgres"):
+        history = _newest_history(cluster.data)
+        followed = base.parse_history(history.read_text()) if history else {}
+    if int(segment[:8], 16) not in followed:
+        lacking = "the history file of their timeline"
+    elif not whole:
+        lacking = "one before it"
+    else:
+        return ""
+    return f"WAL after {reached}: the archive has segments up to {segment}, and {lacking} is missing"
 
 
 def _summary(settings: Settings, cluster: Restored, words: str, seconds: float, lacking: str) -> str:
@@ -443,6 +450,7 @@ class Promotion:
             shutil.rmtree(self._cluster.etc)
         with acting_as("postgres"):
             _forget_recovery(self._settings.data / "postgresql.auto.conf")
+            _announce_timeline(self._settings.data)
 
     def start(self) -> None:
         """Start it in its place."""
@@ -489,6 +497,23 @@ def _forget_recovery(file: Path) -> None:
     stay = [line for line in lines if not line.startswith(("restore_command", "recovery_target", "archive_mode"))]
     if stay != lines:
         file.write_text("".join(stay))
+
+
+def _newest_history(data: Path) -> Path | None:
+    """Return the history file of a cluster's timeline; the first timeline has none."""
+    return max((data / "pg_wal").glob("????????.history"), default=None)
+
+
+def _announce_timeline(data: Path) -> None:
+    """Have the timeline's history archived: the server does so at the end of recovery only, which did not archive.
+
+    Without it a restore follows the timeline that was left, and the next promotion takes this one's number again.
+    """
+    history = _newest_history(data)
+    if history:
+        state = data / "pg_wal" / "archive_status" / history.name
+        if not state.with_name(f"{history.name}.done").exists():
+            state.with_name(f"{history.name}.ready").touch(mode=0o600)
 
 
 def discard(settings: Settings, port: int, *, incomplete: bool = False) -> str:
