@@ -23,6 +23,7 @@ from postgresql_backup.settings import Settings, load_settings
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 RETENTION = {"hourly": 24, "daily": 7, "weekly": 5, "monthly": 12}
+HISTORY = '1\t0/301FC78\tat restore point "p1"\n\n2\t0/5000000\tno recovery target specified\n'
 TABLES = {"public.requests": {"rows": 2, "digest": "ab"}}
 LIMITS = {"dump": 7200, "base_backup": 1, "archive": 1, "drill": 1, "offsite": 1, "wal_room": 1}
 
@@ -194,7 +195,40 @@ def test_a_point_and_an_lsn_take_the_last_backup_before_them():
             restore.Target(name=target).options(found, now, points)
 
 
-HISTORY = '1\t0/301FC78\tat restore point "p1"\n\n2\t0/5000000\tno recovery target specified\n'
+def described(number, database, timeline, lsn):
+    """Return what pgBackRest says of a backup."""
+    size = {"size": 1, "repository": {"delta": 1}}
+    times = {"start": number, "stop": number}
+    return {
+        "label": f"label{number}", "type": "full", "database": {"id": database, "repo-key": 1}, "timestamp": times,
+        "info": size, "archive": {"stop": f"{timeline:08X}0000000000000001"}, "lsn": {"stop": lsn},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("backups", "history", "usable"),
+    [
+        ([(1, 1, "0/9000000"), (2, 1, "0/1000000")], "", ["label1"]),  # of another cluster before, restored from a dump
+        ([(2, 1, "0/3000000"), (2, 1, "0/4000000")], "", ["label0", "label1"]),
+        # the first timeline was left between them; with the third, the second one, too
+        ([(2, 1, "0/3000000"), (2, 1, "0/4000000")], HISTORY, ["label0"]),
+        ([(2, 2, "0/4000000"), (2, 2, "0/5000001"), (2, 3, "0/5000001")], HISTORY, ["label0", "label2"]),
+    ],
+)
+def test_only_backups_that_lead_to_the_present_are_restored(monkeypatch, backups, history, usable):
+    stanza = {
+        "repo": [{"key": 1, "status": {"code": 0}}],
+        "db": [{"id": number, "repo-key": 1, "system-id": number} for number in (1, 2)],
+        "archive": [{"id": f"17-{number}", "database": {"id": number, "repo-key": 1}} for number in (1, 2)],
+        "backup": [described(number, *backup) for number, backup in enumerate(backups)],
+    }
+    answers = {"info": json.dumps([stanza])}
+    answers["archive/main/17-2"] = "00000002.history\n00000003.history\n" if history else ""
+    answers["archive/main/17-2/00000003.history"] = history
+    monkeypatch.setattr(base, "run", lambda command, user: answers[command[-1]])
+    found = base.usable_in(Settings([], [], {}), 1)
+    assert [backup.label for backup in found] == usable
+    assert restore.Target().options(found, START)[0] == [f"--set={usable[-1]}", "--type=default"]
 
 
 def test_the_history_of_the_timeline_that_is_promoted_gets_archived_once(tmp_path):
@@ -228,6 +262,18 @@ def test_a_restore_that_missed_a_segment_or_a_timeline_says_so(monkeypatch, tmp_
     said = restore._gap(Settings([], [], {}), cluster, restore.Target(), newest)
     assert said.endswith(lacking)
     assert bool(said) == bool(lacking)
+
+
+def test_repositories_that_have_the_cluster_are_asked_no_more(monkeypatch):
+    """A base backup may go on meanwhile, as after a promotion."""
+    stanza = {"repo": [{"key": 1, "status": {"code": 0}}], "db": [{"id": 1, "repo-key": 1, "system-id": 7}]}
+    monkeypatch.setattr(base, "session", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(base, "one", lambda *_: 7)
+    monkeypatch.setattr(base, "run", lambda command, user: {"info": json.dumps([stanza])}[command[-1]])
+    assert base.check_repositories(Settings([], [], {})) == []
+    stanza["db"][0]["system-id"] = 8
+    with pytest.raises(RefusedError, match="of another cluster"):
+        base.check_repositories(Settings([], [], {}))
 
 
 def test_settings_name_what_is_wrong(tmp_path):

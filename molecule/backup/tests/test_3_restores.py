@@ -4,7 +4,7 @@ import json
 
 import pytest
 from conftest import changes, controller, play, stored
-from helpers import BASE, now, wait_until, without_segment
+from helpers import BASE, RUN, now, wait_until, without_segment
 
 
 def test_a_restore_between_two_rows_returns_exactly_the_first(db):
@@ -88,6 +88,8 @@ def test_a_lost_database_comes_back_and_the_spools_bring_what_its_recovery_point
     db.run("cat > /run/litellm-gateway.lock", json.dumps(other))
     assert "other@elsewhere" in runbook.run("promote-restored", check=False)
     db.run("rm /run/litellm-gateway.lock")
+    hold = f"flock {RUN}/server/base-backup.lock sleep infinity"  # a promotion's own base backup is refused
+    db.run(f"systemd-run --quiet --unit=holder {hold}")
     for step in ("stop", "set_aside", "put", "configure", "start", "adopt"):
         assert db.try_run(f"python3 -IB - {step}", KILLED).returncode == -9, step
     for verb in ("restore", "discard"):
@@ -105,8 +107,26 @@ def test_a_lost_database_comes_back_and_the_spools_bring_what_its_recovery_point
     db.run("postgresql-backup restore")  # begins with a base backup of before the promotion
     assert calls <= stored(db, 5433)
     db.run("postgresql-backup discard")
-    db.run(f"systemctl start {BASE}")
+    assert "base-backup.lock is held" in db.run(f"journalctl -u {BASE} -n 5 -o cat --no-pager")
+    db.run(f"systemctl stop holder; systemctl start {BASE}")
     gateway.start()
+
+
+def test_a_promoted_dump_lets_everybody_in_and_gets_a_base_backup(db, gateway, runbook, recovery_key):
+    point = now(db)
+    db.run("systemctl start postgresql-backup-dump.service")
+    db.run("postgresql-backup restore --from dump", recovery_key)
+    gateway.stop()
+    db.run("postgresql-backup promote")
+    assert "holds no base backup of the present cluster" in db.try_run("postgresql-backup restore").stderr
+    runbook.run("site.yml")
+    print(runbook.run("replay", on=gateway, values=(point,)))
+    gateway.start()
+    wait_until(lambda: gateway.calls() & stored(db))
+    before = stored(db)
+    db.run("postgresql-backup restore")
+    assert before <= stored(db, 5433)
+    db.run("postgresql-backup discard")
 
 
 @pytest.mark.parametrize(

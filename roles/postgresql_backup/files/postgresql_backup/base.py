@@ -34,7 +34,10 @@ _POINT_NAME = re.compile(r"^[A-Za-z0-9_.-]{1,63}$")
 
 @dataclass(frozen=True)
 class BaseBackup:
-    """A base backup as pgBackRest describes it."""
+    """A base backup as pgBackRest describes it.
+
+    current: whether it is of the cluster that the repository takes WAL of now.
+    """
 
     label: str
     kind: str
@@ -45,6 +48,8 @@ class BaseBackup:
     stored: int
     error: bool
     lsn: int = 0
+    timeline: int = 1
+    current: bool = True
 
 
 def info(settings: Settings, options: Sequence[str] = ()) -> dict[str, Any]:
@@ -63,17 +68,41 @@ def backups(settings: Settings, options: Sequence[str] = ()) -> list[BaseBackup]
 
 
 def backups_in(settings: Settings, repository: int, options: Sequence[str] = ()) -> list[BaseBackup]:
-    """Return the base backups of a repository, oldest first. Raises ToolError when it cannot be read."""
+    """Return the current cluster's base backups in a repository, oldest first. Raises as backups_of does."""
     return backups_of(info(settings, options), repository)
 
 
 def backups_of(stanza: dict[str, Any], repository: int) -> list[BaseBackup]:
-    """Return the base backups of a stanza's repository, oldest first. Raises ToolError when it cannot be read."""
+    """Return the current cluster's base backups in a stanza's repository, oldest first.
+
+    Raises ToolError when it cannot be read.
+    """
     for found in stanza["repo"]:
         if found["key"] == repository and found["status"]["code"] == _UNREADABLE:
             reason = " ".join(found["status"]["message"].split(" at line")[0].split())
             raise ToolError(f"repository {repository} cannot be read (a wrong passphrase, a damage?): {reason[:300]}")
-    return [backup for backup in parse_backups(stanza) if backup.repository == repository]
+    return [backup for backup in parse_backups(stanza) if backup.repository == repository and backup.current]
+
+
+def usable_in(settings: Settings, repository: int) -> list[BaseBackup]:
+    """Return those that recovery along the newest timeline can begin with: not what ended behind a fork that was left.
+
+    Raises ToolError when the repository cannot be read.
+    """
+    stanza = info(settings)
+    found = backups_of(stanza, repository)
+    archive = _newest_archive(stanza, repository)
+    if not (found and archive):
+        return found
+    place = f"archive/{settings.stanza}/{archive['id']}"
+    command = ["pgbackrest", f"--stanza={settings.stanza}", f"--repo={repository}"]
+    names = run([*command, "--filter=^[0-9A-F]{8}[.]history$", "repo-ls", place], user="postgres").split()
+    if not names:
+        return found
+    newest = max(names)
+    past = parse_history(run([*command, "repo-get", f"{place}/{newest}"], user="postgres"))
+    timeline = int(newest[:8], 16)
+    return [backup for backup in found if backup.timeline >= timeline or backup.lsn <= past.get(backup.timeline, -1)]
 
 
 def lsn_number(lsn: str) -> int:
@@ -93,6 +122,9 @@ def parse_history(text: str) -> dict[int, int]:
 
 def parse_backups(stanza: dict[str, Any]) -> list[BaseBackup]:
     """Return the backups of a stanza, as `pgbackrest info` has them."""
+    newest: dict[int, int] = {}
+    for database in stanza.get("db", []):
+        newest[database["repo-key"]] = max(database["id"], newest.get(database["repo-key"], 0))
     found = [
         BaseBackup(
             label=backup["label"],
@@ -104,6 +136,8 @@ def parse_backups(stanza: dict[str, Any]) -> list[BaseBackup]:
             stored=backup["info"]["repository"].get("delta", 0),
             error=bool(backup.get("error")),
             lsn=lsn_number(backup.get("lsn", {}).get("stop") or "0/0"),
+            timeline=int((backup.get("archive", {}).get("stop") or "00000001")[:8], 16),
+            current=backup["database"]["id"] == newest.get(backup["database"]["repo-key"]),
         )
         for backup in stanza.get("backup", [])
     ]
@@ -269,8 +303,13 @@ def catch_up(settings: Settings, repository: int) -> str:
 
 def newest_segment(settings: Settings, repository: int) -> str:
     """Return the name of the last segment in the archive of the newest cluster there; empty when there is none."""
-    found = [archive for archive in info(settings).get("archive", []) if archive["database"]["repo-key"] == repository]
-    return str(max(found, key=lambda archive: int(archive["database"]["id"]))["max"] or "") if found else ""
+    return str(_newest_archive(info(settings), repository).get("max") or "")
+
+
+def _newest_archive(stanza: dict[str, Any], repository: int) -> dict[str, Any]:
+    """Return what pgBackRest says of the archive of the newest cluster in a repository; nothing when there is none."""
+    found = [archive for archive in stanza.get("archive", []) if archive["database"]["repo-key"] == repository]
+    return max(found, key=lambda archive: int(archive["database"]["id"]), default={})
 
 
 def points(settings: Settings) -> dict[str, datetime]:
@@ -321,6 +360,8 @@ def check_repositories(settings: Settings) -> list[str]:
                 f"playbooks/restore-backup.yml -e restore_repository={repository}; to start anew: give this cluster "
                 "another postgresql_backup_stanza"
             )
+    if held.keys() >= set(settings.repositories):
+        return []  # stanza-create would be refused while a base backup is taken
     try:
         run(["pgbackrest", f"--stanza={settings.stanza}", "stanza-create"], user="postgres")
     except BackupError as error:

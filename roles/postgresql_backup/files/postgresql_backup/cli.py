@@ -213,12 +213,14 @@ def _list(settings: Settings, options: argparse.Namespace) -> int:
     for problem in damaged:
         print(f"FAILED {problem}")
     for backup in bases:
+        earlier = "" if backup.current else ", of an earlier cluster"
         print(
             f"base  {backup.label}  repository {backup.repository}, {backup.kind}, ended {backup.ended.isoformat()}, "
-            f"{megabytes(backup.stored)} of {megabytes(backup.size)}"
+            f"{megabytes(backup.stored)} of {megabytes(backup.size)}{earlier}"
         )
-    if bases:
-        print(f"A recovery can go to any time after {bases[0].ended.isoformat()}.")
+    current = [backup for backup in bases if backup.current]
+    if current:
+        print(f"A recovery can go to any time after {current[0].ended.isoformat()}.")
     return ExitCode.OK
 
 
@@ -323,7 +325,7 @@ def _pending(settings: Settings, options: argparse.Namespace) -> int:
 
 def _first(settings: Settings, options: argparse.Namespace) -> int:
     """Start the units: only they have the credentials."""
-    there = {backup.repository for backup in base.backups(settings)}
+    there = {backup.repository for backup in base.backups(settings) if backup.current}
     units = [] if dumps.names(Path(settings.dumps)) else ["postgresql-backup-dump.service"]
     units += [] if there >= set(settings.repositories) else ["postgresql-backup-base@full.service"]
     if settings.offsite and not offsite.state(settings):

@@ -36,6 +36,7 @@ from postgresql_backup.tools import (
 RESTORED = "restored"
 #: Unit of a restore that goes on by itself.
 UNIT = "postgresql-backup-restore.service"
+_BASE_UNIT = "postgresql-backup-base@full.service"
 _LSN = re.compile(r"^[0-9A-F]{1,8}/[0-9A-F]{1,8}$", re.IGNORECASE)
 _PROGRESS = re.compile(r"\(([\d.]+[KMGT]?B), ([\d.]+)%\)")
 _RECOVERY_TIMEOUT = 24 * 3600.0
@@ -57,7 +58,7 @@ class Target:
         if len(given) > 1:
             raise RefusedError(f"give one of time, lsn and name (seen: {', '.join(given)})")
         if not found:
-            raise RefusedError("the repository holds no base backup: postgresql-backup list")
+            raise RefusedError("the repository holds no base backup of the present cluster: postgresql-backup list")
         if self.time:
             moment = self._moment(found, now)
             last = self._last(found, self.time, lambda backup: backup.ended <= moment)
@@ -78,7 +79,7 @@ class Target:
                 written = points[self.name]
                 last = self._last(found, f"point {self.name}", lambda backup: backup.ended <= written)
             return self._to("name", self.name, last), f"point {self.name}"
-        return ["--type=default"], "the newest archived WAL"
+        return [f"--set={found[-1].label}", "--type=default"], "the newest archived WAL"
 
     @staticmethod
     def _to(kind: str, target: str, backup: base.BaseBackup) -> list[str]:
@@ -242,7 +243,7 @@ def restore_base(settings: Settings, target: Target, repository: int, port: int)
     cluster = Restored(settings, port)
     with lock(Path(settings.state) / "restore.lock"), cluster.told():
         cluster.refuse_existing()
-        found = base.backups_in(settings, repository)
+        found = base.usable_in(settings, repository)
         options, words = target.options(found, datetime.now(UTC), base.points(settings) if target.name else None)
         cluster.refuse_small_disk(found[-1].size)
         lacking = base.catch_up(settings, repository)
@@ -464,10 +465,15 @@ class Promotion:
             ) from None
 
     def adopt(self) -> None:
-        """Let the repositories take WAL of a cluster that was made of a dump: it has another system identifier."""
+        """Let the repositories take WAL of a cluster that was made of a dump: it has another system identifier.
+
+        Any other begins a base backup; that one lacks the markers' database until site.yml has made it.
+        """
         held = {int(database["system-id"]) for database in base.info(self._settings).get("db", [])}
         if held and self._identifier not in held:
             run(["pgbackrest", f"--stanza={self._settings.stanza}", "stanza-upgrade"], user="postgres")
+        else:
+            run(["systemctl", "start", "--no-block", _BASE_UNIT])
 
     def finish(self) -> None:
         """Forget the restore and the promotion."""
@@ -486,8 +492,9 @@ def promote(settings: Settings, port: int, *, accept_gap: bool = False) -> str:
     )
     return (
         f"The restored cluster is {settings.version}/{settings.cluster} now, and archives again. {kept}\n"
-        "Next: run site.yml, which puts the present credentials in force, replay the gateways' spools "
-        "(litellm-sqlalchemy replay --since TIME) and start postgresql-backup-base@full.service."
+        "A full base backup has begun (journalctl -u postgresql-backup-base@full); after a dump, site.yml takes it.\n"
+        "Next: run site.yml, which puts the present credentials in force, and replay the gateways' spools "
+        "(litellm-sqlalchemy replay --since TIME)."
     )
 
 
