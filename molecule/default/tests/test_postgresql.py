@@ -68,6 +68,11 @@ def test_it_runs_and_starts_at_boot(host):
     assert host.service(UNIT).is_running
 
 
+def test_it_starts_when_the_host_has_the_addresses_that_it_listens_on(host):
+    for property in ("Wants", "After"):
+        assert "network-online.target" in host.check_output(f"systemctl show -P {property} {UNIT}").split()
+
+
 def test_it_listens_on_the_named_addresses_only(host, sql):
     named = {item.strip() for item in sql("SELECT current_setting('listen_addresses') AS a")[0][0].split(",")}
     lines = host.check_output("ss --tcp --listening --numeric --no-header 'sport = :5432'").splitlines()
