@@ -327,6 +327,18 @@ def test_status_says_how_old_and_metrics_say_the_same(tmp_path):
         assert f'postgresql_backup_last_success_timestamp_seconds{{kind="dump"}} {stamp}' in text
 
 
+def test_a_check_that_the_system_refuses_fails_and_the_others_go_on(tmp_path):
+    now = START.timestamp()
+    checks = status.Status(Settings([], [], {}, dumps=str(tmp_path / "gone"), repositories=[], limits=LIMITS), now)
+    checks._archive = checks._room = checks._drill = lambda *_, **__: "seen"
+    results = {result.id: result for result in checks.run()}
+    assert [result.id for result in results.values() if not result.ok] == ["dump.newest", "dump.files"]
+    assert "No such file or directory" in results["dump.files"].seen
+    text = status.exposition(checks.metrics)
+    assert 'postgresql_backup_check{check="dump.files"} 0' in text
+    assert f"postgresql_backup_status_timestamp_seconds {round(now)}" in text
+
+
 def test_exit_codes_are_in_the_help_and_in_the_readme(capsys):
     with pytest.raises(SystemExit):
         cli.main(["--help"])

@@ -58,7 +58,17 @@ def test_metrics_are_published_from_a_file_of_the_server_alone(db):
     assert refused.returncode == 7
     assert db.try_run("ls /root/metrics.prom").returncode
     db.run("systemctl start postgresql-backup-status.service")
-    assert "postgresql_backup_check" in db.run("cat /var/lib/prometheus/node-exporter/postgresql_backup.prom")
+    published = "/var/lib/prometheus/node-exporter/postgresql_backup.prom"
+    before = db.run(f"cat {published}")
+    assert "postgresql_backup_check" in before
+    report = f"{DRILL}/dump.json"  # with a time that no drill writes
+    db.run(f"cat > {report}; chmod 0644 {report}", '{"kind": "dump", "started_at": "never", "ok": true}')
+    try:
+        assert db.try_run("systemctl start postgresql-backup-status.service").returncode
+        assert "this is a defect" in db.run("journalctl -u postgresql-backup-status -n 5 -o cat --no-pager")
+        assert db.run(f"cat {published}") == before  # with the time of that run
+    finally:
+        db.run(f"rm {report}; systemctl reset-failed")
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ class Status:
         """Take the settings; `now` is Unix time."""
         self._settings = settings
         self._now = time.time() if now is None else now
-        self.metrics: dict[str, float] = {}
+        self.metrics: dict[str, float] = {"postgresql_backup_status_timestamp_seconds": round(self._now)}
 
     def run(self) -> Iterator[Result]:
         """Yield one result per check."""
@@ -105,7 +105,7 @@ class Status:
         for identifier, check, remedy in checks:
             try:
                 result = Result(identifier, True, check())
-            except BackupError as error:
+            except (BackupError, OSError) as error:
                 result = Result(identifier, False, str(error), remedy)
             self.metrics[f'postgresql_backup_check{{check="{identifier}"}}'] = int(result.ok)
             yield result
@@ -232,6 +232,7 @@ class Status:
 
 
 _HELP = {
+    "postgresql_backup_status_timestamp_seconds": "When `postgresql-backup status` looked",
     "postgresql_backup_check": "1 when a check of `postgresql-backup status` passes",
     "postgresql_backup_last_success_timestamp_seconds": "When the newest good one was taken",
     "postgresql_backup_size_bytes": "Size of the newest one as stored",
