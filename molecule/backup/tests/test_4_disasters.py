@@ -176,7 +176,7 @@ urllib.request.urlopen(request, context=ssl.create_default_context(cafile="/root
     runbook.run("backup.yml", variables={**variables, "postgresql_backup_stanza": "second"})
     said = db.run("postgresql-backup status | grep -v drill")
     assert "FAILED" not in said
-    assert "offsite:backups/dumps" in said
+    assert "dumps in offsite:backups/dumps/second" in said
     db.run(f"rm -r {DUMPS}/{newest(db)}; systemctl start postgresql-backup-fetch@newest.service")
     assert "FAILED" not in db.run("postgresql-backup verify --decrypt", recovery_key)
     before = stored(db)
