@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -36,3 +37,23 @@ def test_each_stanza_has_its_own_copies(stanza, s3, place):
     variables = {"postgresql_backup_offsite_s3": s3, "postgresql_backup_offsite_host": host}
     found = rendered("{{ __postgresql_backup_settings.offsite }}", postgresql_backup_stanza=stanza, **variables)
     assert found == place
+
+
+@pytest.mark.parametrize(
+    ("options", "written"),
+    [
+        ({}, ["/var/lib/pgbackrest"]),
+        ({"repo1-path": "/srv/backups"}, ["/srv/backups"]),
+        ({"repo1-path": "/backups", "repo1-type": "s3"}, []),
+    ],
+)
+def test_units_write_where_the_first_repository_is(options, written):
+    names = ["server-unit.conf", "postgresql-backup-base@.service", "tmpfiles.conf", "pgbackrest.conf"]
+    texts = [f"lookup('ansible.builtin.template', '{ROLE}/templates/{name}.j2')" for name in names]
+    variables = {"postgresql_backup_pgbackrest_options": options, "item": {"drill": False}}
+    server, base, directories, settings = rendered(f"{{{{ [{', '.join(texts)}] }}}}", **variables)
+    for unit in (server, base):
+        paths = re.search(r"^ReadWritePaths=(.*)", unit, re.M)[1].split()
+        assert paths[: len(written) + 1] == [*written, "/var/log/pgbackrest"]
+    assert re.findall(r"^d (\S*/(?:pgbackrest|backups)) 2750", directories, re.M) == written
+    assert f"repo1-path={options.get('repo1-path', '/var/lib/pgbackrest')}\n" in settings
