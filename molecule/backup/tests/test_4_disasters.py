@@ -107,6 +107,22 @@ def test_what_a_taken_over_host_removes_is_in_the_snapshots(db, store, runbook):
     runbook.run("systemctl start", on=store)
 
 
+def test_a_snapshot_that_fails_or_is_old_is_told(store):
+    validate = f"{play('validation.yml')} --limit store1"
+    newest = store.run(f"ls -d {SNAPSHOTS}/2*Z | tail -n 1")
+    script = "/usr/local/sbin/postgresql-backup-snapshot"
+    for damage, mend in (
+        (f"touch -d '49 hours ago' {newest}", f"touch {newest}"),
+        (f"chmod -x {script}; ! systemctl start postgresql-backup-snapshot", f"chmod +x {script}"),
+    ):
+        controller(validate)
+        store.run(damage)
+        said = controller(validate, check=False)
+        store.run(f"{mend}; systemctl reset-failed")
+        assert "journalctl -u postgresql-backup-snapshot says why" in said
+        assert newest in said
+
+
 def test_the_report_is_green(db, recovery_key):
     with searched(db, recovery_key):
         print(controller(play("run-restore-drill.yml")))
