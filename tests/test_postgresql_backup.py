@@ -7,7 +7,6 @@ import os
 import random
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
@@ -289,14 +288,23 @@ def test_settings_name_what_is_wrong(tmp_path):
             load_settings(file)
 
 
-def test_work_takes_its_share_of_the_time():
-    began, pace = time.monotonic(), tools.Pace(0.25)
-    while time.monotonic() < began + 0.1:
-        pass
-    pace.rest()
-    assert 0.4 <= time.monotonic() - began < 0.6
-    tools.Pace().rest()
-    assert time.monotonic() - began < 0.6
+def test_work_takes_its_share_of_the_time(monkeypatch):
+    now, rests = 100.0, []
+
+    def sleep(seconds):
+        nonlocal now
+        now += seconds
+        rests.append(seconds)
+
+    monkeypatch.setattr(tools, "time", SimpleNamespace(monotonic=lambda: now, sleep=sleep))
+    pace = tools.Pace(0.25)
+    for work in (0.5, 0.25, 3600):
+        now += work
+        pace.rest()
+    whole = tools.Pace()
+    now += 1
+    whole.rest()
+    assert rests == [1.5, 0.75, 5, 0]
 
 
 def test_a_lock_names_its_holder(tmp_path):
