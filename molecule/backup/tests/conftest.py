@@ -74,7 +74,8 @@ def store() -> Host:
     return Host("store1")
 
 
-ENVIRONMENT = {**os.environ, "ANSIBLE_VAULT_PASSWORD_FILE": str(PROJECT / "scripts/vault-password")}
+PLAIN = {"ANSIBLE_NOCOLOR": "1", "ANSIBLE_FORCE_COLOR": "0"}  # molecule asks for colours
+ENVIRONMENT = {**os.environ, **PLAIN, "ANSIBLE_VAULT_PASSWORD_FILE": str(PROJECT / "scripts/vault-password")}
 
 
 def controller(command: str, check: bool = True, cwd: Path = PROJECT) -> str:

@@ -94,7 +94,7 @@ def test_a_lost_database_comes_back_and_the_spools_bring_what_its_recovery_point
         assert db.try_run(f"python3 -IB - {step}", KILLED).returncode == -9, step
     for verb in ("restore", "discard"):
         assert "promotion did not come to its end" in db.try_run(f"postgresql-backup {verb}").stderr
-    runbook.run("promote-restored")
+    assert "Put it into its place" in str(changes(runbook.run("promote-restored")))
     assert changes(runbook.run("site.yml")) == []
     lost = calls - stored(db)
     assert lost
