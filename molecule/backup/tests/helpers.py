@@ -2,10 +2,12 @@
 
 import contextlib
 import time
+import uuid
 
 DUMPS = "/var/backups/postgresql"
 RUN = "/run/postgresql-backup"
 DRILL = "/var/lib/postgresql-drill"
+PLANTED = "/var/tmp/planted"
 DUMP, BASE = "postgresql-backup-dump.service", "postgresql-backup-base@full.service"
 
 
@@ -35,6 +37,27 @@ def without_segment(db, newer=0):
         yield
     finally:
         db.run(f"mv /root/segment {segment}")
+
+
+def places_of(host, text, places):
+    """Return the files in these places that have a text."""
+    return host.try_run(f"grep -rlaF -D skip -f - {places} 2> /dev/null", text).stdout.split()
+
+
+def times_in_the_journal(host, text):
+    return int(host.try_run("exec 3<&0; journalctl -a -o export --no-pager | grep -caF -f /dev/fd/3", text).stdout)
+
+
+@contextlib.contextmanager
+def planted(host):
+    """Have a text in PLANTED, in a process's environment and in the journal: who looks for a secret has to find it."""
+    text = uuid.uuid4().hex
+    process = f"systemd-run --quiet --unit=planted --service-type=exec --setenv=PLANTED={text} sleep infinity"
+    host.run(f"echo {text} > {PLANTED} && logger {text} && journalctl --sync && {process}")
+    try:
+        yield text
+    finally:
+        host.run(f"systemctl stop planted; rm {PLANTED}")
 
 
 def wait_until(condition, seconds=240):
