@@ -119,12 +119,14 @@ def test_a_failure_is_stored_with_its_error(chat: Chat, stored_call: StoredCall)
 
 
 def test_a_wrong_key_is_refused_and_stored(gateway: httpx.Client, stored_call: StoredCall) -> None:
-    answer = gateway.post(
-        "/v1/chat/completions",
-        json={"model": "demo", "messages": [{"role": "user", "content": "Let me in"}]},
-        headers={"Authorization": "Bearer sk-wrong"},
-    )
+    this = call_id()
+    body = {"model": "demo", "messages": [{"role": "user", "content": "Let me in"}]}
+    headers = {"Authorization": "Bearer sk-wrong", "x-litellm-call-id": this}
+    answer = gateway.post("/v1/chat/completions", json=body, headers=headers)
     assert answer.status_code in (400, 401)
+    (stored,) = stored_call(this)
+    assert stored["payload"] == body
+    assert (stored["response"]["status"], stored["response"]["status_code"]) == ("failure", answer.status_code)
 
 
 @pytest.mark.parametrize("unit", UNITS)
