@@ -1,12 +1,14 @@
 """The writer's unit under faults that only systemd answers, with the sandbox and the limits that a host has."""
 
 import json
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from conftest import CONTAINER
 
 Run = Callable[..., str]
 Psql = Callable[..., list[list[str]]]
@@ -116,15 +118,32 @@ def overridden(run: Run, *lines: str) -> Iterator[None]:
         run("systemctl", "restart", WRITER)
 
 
+@contextmanager
+def responses_held() -> Iterator[None]:
+    """Keep everybody from adding responses while the block runs."""
+    command = f"podman exec --interactive {CONTAINER} runuser -u postgres -- psql -Atq litellm".split()
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as session:
+        assert session.stdin is not None
+        assert session.stdout is not None
+        session.stdin.write("BEGIN; LOCK TABLE responses IN EXCLUSIVE MODE; SELECT 'held';\n")
+        session.stdin.flush()
+        assert session.stdout.readline() == "held\n"
+        yield
+
+
 @pytest.mark.parametrize("name", ["TERM", "KILL"])
-def test_a_signal_with_ten_thousand_queued(name: str, run: Run, send: Send, stored: Stored) -> None:
+def test_a_signal_with_ten_thousand_queued(name: str, run: Run, psql: Psql, send: Send, stored: Stored) -> None:
     run("systemctl", "stop", WRITER)
     ids, _ = send(5000)
-    run("systemctl", "start", WRITER)
-    first = show(run, "MainPID")
-    wait_until(lambda: stored(ids), "some are stored")
-    started = time.monotonic()
-    run("kill", f"-{name}", first)
+    assert len(ids) == 5000
+    waiting = "SELECT pid FROM pg_locks WHERE relation = 'responses'::regclass AND NOT granted"
+    with responses_held():
+        run("systemctl", "start", WRITER)
+        first = show(run, "MainPID")
+        wait_until(lambda: psql(waiting), "the writer is in the middle of its first batch")
+        started = time.monotonic()
+        run("kill", f"-{name}", first)
+        assert stored(ids) == 0
     wait_until(lambda: show(run, "MainPID") != first, "it ends")
     assert time.monotonic() - started < 30, "a third of TimeoutStopSec"
     wait_until(lambda: stored(ids) == 5000, "systemd starts another one, which delivers the rest, once")
