@@ -23,15 +23,20 @@ PROGRAM = Path(__file__).with_name("refusals.py").read_text()
 LOGINS = Path(__file__).with_name("logins.txt").read_text().splitlines()[2:]
 
 
-def certificate(login: str, days: tuple[int, int], passphrase: str) -> list[str]:
-    """Return a login's certificate and key, signed by the deployment's authority and valid from day to day from now."""
-    authority = x509.load_pem_x509_certificate((EPHEMERAL / "inventory/pki/ca.crt").read_bytes())
+def authority(passphrase: str) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
+    """Return the certificate and the key of the deployment's authority."""
     signer = load_pem_private_key((EPHEMERAL / "inventory/pki/ca.key").read_bytes(), passphrase.encode())
     assert isinstance(signer, ec.EllipticCurvePrivateKey)
+    return x509.load_pem_x509_certificate((EPHEMERAL / "inventory/pki/ca.crt").read_bytes()), signer
+
+
+def certificate(login: str, days: tuple[int, int], passphrase: str) -> list[str]:
+    """Return a login's certificate and key, signed by the deployment's authority and valid from day to day from now."""
+    issuer, signer = authority(passphrase)
     key = ec.generate_private_key(ec.SECP256R1())
     begin, end = (datetime.now(UTC) + timedelta(days=day) for day in days)
     made = x509.CertificateBuilder(
-        authority.subject,
+        issuer.subject,
         x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, login)]),
         key.public_key(),
         x509.random_serial_number(),
