@@ -62,7 +62,7 @@ PHASES: list[tuple[str, int, float, float]] = []
 #: is accepted to the end, the second for `litellm_master_key_overlap` seconds.
 KEY: dict[str, str] = {}
 EMERGENCY: list[float] = []
-#: Seconds that an emergency may take on an ordinary machine; one that does much else has three times as many.
+#: Seconds that an emergency may take.
 EMERGENCY_LIMIT = 60
 #: Rotations of the control, its queries, and how many of them failed.
 CONTROL: list[int] = []
@@ -409,7 +409,7 @@ def test_an_old_master_key_is_refused_in_the_end() -> None:
     assert ask(KEY["second"]).status_code in (400, 401)
 
 
-def test_an_emergency_ends_sessions_and_keys_soon() -> None:
+def test_an_emergency_ends_sessions_and_keys_within_a_minute() -> None:
     with session("reader") as ask_it:
         began = time.monotonic()
         rotate("reader,master_key", "-e", "rotate_emergency=true")
@@ -420,7 +420,7 @@ def test_an_emergency_ends_sessions_and_keys_soon() -> None:
         assert ask(key).status_code in (400, 401)
     KEY["present"] = secrets()["vault_litellm_master_key"]
     assert ask(KEY["present"]).status_code == 200
-    assert EMERGENCY[0] <= 3 * EMERGENCY_LIMIT
+    assert EMERGENCY[0] <= EMERGENCY_LIMIT
 
 
 def test_certificates_that_have_expired_are_named_and_renewed() -> None:
@@ -492,7 +492,7 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
         print(f"\n{'while':<30} {'rotations':>9} {'seconds':>8} {'queries':>9} {'calls':>7} {'failed':>7}")
         print("\n".join(lines))
         print(f"killed and made good: {sum('killed:' in one[0] for one in PHASES)} of {len(KILLS)}")
-        print(f"emergency: {', '.join(f'{took:.0f} s' for took in EMERGENCY)} (asked for: {EMERGENCY_LIMIT} s)")
+        print(f"emergency: {', '.join(f'{took:.0f} s' for took in EMERGENCY)} (at most {EMERGENCY_LIMIT})")
         print("control, {0} rotations of a single login: {2} of {1} queries failed".format(*CONTROL))
     assert rotations >= MINIMAL_ROTATIONS
     assert len(LEDGER) >= MINIMAL_REQUESTS
