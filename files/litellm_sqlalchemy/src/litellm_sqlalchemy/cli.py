@@ -19,7 +19,7 @@ from litellm_sqlalchemy.erase import erase
 from litellm_sqlalchemy.errors import ExitCode, LogError
 from litellm_sqlalchemy.migrate import migrate
 from litellm_sqlalchemy.replay import replay
-from litellm_sqlalchemy.reports import add_verbs
+from litellm_sqlalchemy.reports import add_verbs, printable
 from litellm_sqlalchemy.retention import removed_until
 from litellm_sqlalchemy.settings import SETTINGS_VARIABLE, LoggingSettings, Settings, as_mapping, load_settings
 from litellm_sqlalchemy.status import Known, acknowledge, read_known, spool_status, tables_status
@@ -136,7 +136,7 @@ def _dead_letters(settings: Settings, options: argparse.Namespace) -> int:
         print(f"{len(letters)} dead letters requeued")
     else:
         for letter in letters:
-            print(f"{letter.id}  {letter.kind:<8}  {letter.reason}")
+            print(f"{letter.id}  {letter.kind:<8}  {printable(letter.reason)}")  # it may quote what a client sent
         if not letters:
             print("no dead letters")
     return ExitCode.OK

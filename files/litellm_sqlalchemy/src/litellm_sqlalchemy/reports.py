@@ -26,6 +26,11 @@ _CALL_COLUMNS = (
     "created_at", "id", "status", "status_code", "model", "key_alias", "user_id", "total_tokens", "cost", "duration_ms"
 )  # fmt: skip
 _ORDERS = ("calls", "failures", "total_tokens", "cost")
+#: Columns of `call` that may have several lines.
+_PAYLOADS = ("request", "response")
+_BREAKS = "\n\t"
+#: Beginnings of a cell that spreadsheets run as a formula.
+_FORMULAS = ("=", "+", "-", "@", "\t", "\r")
 
 
 def add_verbs(add: AddVerb) -> None:
@@ -109,7 +114,7 @@ def _call(settings: Settings, options: argparse.Namespace) -> int:
         width = max(map(len, row))
         for name, value in row.items():
             if value is not None:
-                print(f"{name:<{width}}  {_text(value)}")
+                print(f"{name:<{width}}  {printable(_text(value), keep=_BREAKS if name in _PAYLOADS else '')}")
         print()
     return ExitCode.OK
 
@@ -155,7 +160,7 @@ def _print(rows: Sequence[Row], options: argparse.Namespace, columns: Sequence[s
     elif options.csv:
         writer = csv.writer(sys.stdout)
         writer.writerow(rows[0] if rows else columns)
-        writer.writerows([_text(value) for value in row.values()] for row in rows)
+        writer.writerows([_cell(value) for value in row.values()] for row in rows)
     else:
         _print_table(
             [[row[name] for name in columns or row] for row in rows], list(columns or (rows[0] if rows else ()))
@@ -183,7 +188,23 @@ def _short(value: Any) -> str:
         return value.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S")
     if isinstance(value, float):
         return f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
-    return "-" if value is None else str(value)
+    return "-" if value is None else printable(str(value))
+
+
+def _cell(value: Any) -> str:
+    """Return a value as CSV has it: clients choose texts, and a spreadsheet shall not run them."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULAS) else _text(value)
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Return a text that a terminal only shows: clients choose what is logged, escape sequences too."""
+    if text.isprintable():
+        return text
+    shown = (
+        character if character.isprintable() or character in keep else character.encode("unicode_escape").decode()
+        for character in text
+    )
+    return "".join(shown)
 
 
 def _text(value: Any) -> str:

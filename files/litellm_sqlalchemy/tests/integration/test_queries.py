@@ -345,3 +345,18 @@ def test_reader_login_cannot_write(reader: Connection) -> None:
         with pytest.raises(Exception, match=r"permission denied|cannot delete from view"):
             reader.execute(text(f"DELETE FROM {table}"))
         reader.rollback()
+
+
+def test_verbs_print_no_escape_sequences(filled: Deployment) -> None:
+    """A client chooses the model: it shall neither command the terminal nor forge a row."""
+    model = "\x1b]0;pwned\x07\x1b[2J\n2026-03-10 forged"
+    engine = make_engine(filled.load().database, "writer", "test")
+    Store(engine).deliver(list(_call(_at(0), model=model, call_id="\x9b", status="failure")))
+    engine.dispose()
+    days = ("--since", "2026-03-10", "--until", "2026-03-11")
+    reports = [(verb, *days) for verb in ("calls", "top", "errors")]
+    for verb in (*reports, ("usage", "--by", "model", *days), ("call", "\x9b")):
+        lines = filled.run(*verb).stdout.splitlines()
+        assert [line for line in lines if not line.isprintable()] == []
+        assert sum(r"\x1b]0;pwned\x07\x1b[2J\n2026-03-10 forged" in line for line in lines) == 1, verb
+    assert _json(filled, "call", "\x9b")[0]["model"] == model

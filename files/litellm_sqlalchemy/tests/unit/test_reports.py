@@ -1,0 +1,71 @@
+"""What the verbs that read the log print of values that clients chose."""
+
+import csv
+import io
+from argparse import Namespace
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from litellm_sqlalchemy import cli, reports
+from litellm_sqlalchemy.dead_letters import Letter
+from litellm_sqlalchemy.frames import Frame, Kind
+
+_FORGED = "\x1b]0;pwned\x07\x1b[2J\nforged\trow\r\x9b1A\u202e"
+_SHOWN = r"\x1b]0;pwned\x07\x1b[2J\nforged\trow\r\x9b1A\u202e"
+
+
+@pytest.mark.parametrize(
+    ("text", "keep", "shown"),
+    [
+        ("gpt-4o é 漢", "", "gpt-4o é 漢"),
+        (_FORGED, "", _SHOWN),
+        ("a\n\tb\r\x1b", "\n\t", "a\n\tb\\r\\x1b"),
+        ("\ud800", "", r"\ud800"),
+    ],
+)
+def test_printable(text: str, keep: str, shown: str) -> None:
+    assert reports.printable(text, keep) == shown
+
+
+def test_a_table_has_a_line_for_each_row(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"model": _FORGED, "tags": {"a": _FORGED}, "calls": 3}, {"model": None, "tags": None, "calls": -1}]
+    reports._print(rows, Namespace(json=False, csv=False))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert _SHOWN in lines[1]
+    assert all(line.isprintable() for line in lines)
+
+
+def test_a_call_keeps_the_lines_of_its_payloads(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"model": _FORGED, "tags": [_FORGED], "headers": {"x": "\x9b"}, "request": "a\n\tb\x1b", "response": None}
+    monkeypatch.setattr(reports.queries, "find_calls", lambda *_: [row])
+    monkeypatch.setattr(reports, "_reader", lambda settings: io.StringIO())  # any context manager
+    reports._call(None, Namespace(json=False, csv=False, identifier="x"))  # type: ignore[arg-type]
+    model, tags, headers, first, second, _ = capsys.readouterr().out.splitlines()
+    assert model.endswith(_SHOWN)
+    assert tags.isprintable()
+    assert headers.endswith(r'{"x": "\x9b"}')
+    assert (first.split(), second) == (["request", "a"], "\tb\\x1b")
+
+
+@pytest.mark.parametrize("cell", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1"])
+def test_csv_runs_no_formula(cell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    moment = datetime(2026, 3, 1, tzinfo=UTC)
+    row = {"model": cell, "user": "a=b", "cost": -0.5, "calls": -1, "at": moment, "payload": {"a": cell}, "team": None}
+    reports._print([row], Namespace(json=False, csv=True))
+    _, (model, *others) = csv.reader(io.StringIO(capsys.readouterr().out, newline=""))
+    assert model == f"'{cell}"
+    assert others[:4] == ["a=b", "-0.5", "-1", str(moment)]
+    assert others[4].startswith('{"a": ')
+
+
+def test_reasons_of_dead_letters(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    letter = Letter("p-1", "request", "c", "p", _FORGED, Frame(Kind.REQUEST, 1, b"{}", b""))
+    monkeypatch.setattr(cli, "read_letters", lambda directory: [letter])
+    settings: Any = Namespace(spool=Namespace(directory=None))
+    cli._dead_letters(settings, Namespace(action="list", json=False, id=[]))
+    assert capsys.readouterr().out == f"p-1  request   {_SHOWN}\n"
