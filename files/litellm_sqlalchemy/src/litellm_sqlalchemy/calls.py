@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any
+from urllib.parse import parse_qs
 
 import orjson
 
@@ -35,6 +36,8 @@ _REJECTED_SIZE = 16 * 1024
 _LATE_EVENT = 1.0
 #: What LiteLLM calls a key by: its SHA-256, or the master key's name. Anything else may be the key itself.
 _KEY_HASH = re.compile(r"[0-9a-f]{64}|litellm_proxy_master_key")
+#: Forms without files, and how a body begins that is none: `curl -d` says of whatever it sends that it is such a form.
+_FORM, _JSON = b"application/x-www-form-urlencoded", (b"{", b"[")
 #: What LiteLLM puts in the place of content where a client or its own setting asks for it.
 _LITELLM_REDACTED = b"redacted-by-litellm"
 #: Stand for what is not known, or not any more. A call lives until LiteLLM's objects that refer to it are collected:
@@ -275,20 +278,20 @@ class Call:
 
     def _request_payload(self) -> tuple[bytes, bool]:
         """Return the body, of a form its fields without the files; and whether it is only a beginning."""
-        if not self._is_multipart():
-            content = self.request.content()
-            if self.rejected and len(content) > _REJECTED_SIZE:
-                return content[:_REJECTED_SIZE], True
-            return content, self.request.truncated
-        fields = {
-            name: value
-            for name, value in self._client_body().items()
-            if isinstance(value, str | int | float | bool) and name != "litellm_call_id"
-        }
-        return orjson.dumps(fields), False
-
-    def _is_multipart(self) -> bool:
-        return self.content_type.startswith(b"multipart/")
+        kind = self.content_type.lower()
+        if kind.startswith(b"multipart/"):
+            fields = {
+                name: value
+                for name, value in self._client_body().items()
+                if isinstance(value, str | int | float | bool) and name != "litellm_call_id"
+            }
+            return orjson.dumps(fields), False
+        content, truncated = self.request.content(), self.request.truncated
+        if self.rejected and len(content) > _REJECTED_SIZE:
+            content, truncated = content[:_REJECTED_SIZE], True
+        if content and kind.startswith(_FORM) and not content.startswith(_JSON):
+            content = _fields(content)  # LiteLLM does not tell them of every call
+        return content, truncated
 
     def _response_payload(self) -> tuple[bytes, bool]:
         """Return the body, and whether it is only a beginning.
@@ -306,6 +309,12 @@ class Call:
             with contextlib.suppress(zlib.error):  # what only says that it is gzip is kept as it is
                 content = zlib.decompressobj(wbits=31).decompress(content, limit)
         return content, self.response.truncated
+
+
+def _fields(form: bytes) -> bytes:
+    """Return the fields of a form as JSON, where credentials show by their names; those that come again as lists."""
+    fields = parse_qs(form.decode(errors="replace"), keep_blank_values=True)
+    return orjson.dumps({name: values if values[1:] else values[0] for name, values in fields.items()})
 
 
 def _metadata(data: Mapping[str, Any]) -> Mapping[str, Any]:

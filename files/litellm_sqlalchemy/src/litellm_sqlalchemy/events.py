@@ -1,5 +1,6 @@
 """What LiteLLM tells of a call: from its StandardLoggingPayload to the columns of a response."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,7 +35,7 @@ def event_of(payload: Mapping[str, Any]) -> dict[str, Any]:
             "model": text(payload.get("model")),
             "provider": text(payload.get("custom_llm_provider")),
             "deployment": text(payload.get("model_id")),
-            "api_base": text(payload.get("api_base")),
+            "api_base": _without_query(text(payload.get("api_base"))),
             "provider_response_id": _provider_response_id(payload, cache_hit),
             "finish_reason": text(_finish_reason(response)),
             "cache_hit": cache_hit,
@@ -69,6 +70,11 @@ def columns_of_answer(answer: Any) -> dict[str, Any]:
     columns: dict[str, Any] = event_of(payload)["columns"]
     del columns["model"]
     return columns
+
+
+def _without_query(url: str | None) -> str | None:
+    """Return a URL up to its path: of a pass-through call the rest is the client's, keys and content with it."""
+    return url and re.split("[?#]", url, maxsplit=1)[0]
 
 
 def _guardrails(found: Any) -> list[Any] | None:

@@ -340,3 +340,16 @@ def _recorded(gateway: Gateway, upstream: Upstream) -> bool:
     before = gateway.state()["dropped"]
     Clients(gateway.url, "with-spool", upstream).chat()
     return bool(gateway.state()["dropped"] == before)
+
+
+def test_a_form_with_a_query_string(gateway: Gateway, gateway_database: Database) -> None:
+    """To a pass-through target: the credentials in both go to it, and not into the log."""
+    form = {"password": "hunter2-of-the-form", "note": ["a", "b"]}
+    headers = {"authorization": f"Bearer {USER_KEY}"}
+    url = f"{gateway.url}/pass?token=hunter2-of-the-query"
+    call_id = httpx.post(url, data=form, headers=headers).headers["x-litellm-call-id"]
+    wait_until(lambda: _outcomes(gateway_database, call_id), "the call is stored")
+    ((request,), (response,)) = rows(gateway_database, call_id)
+    assert request["payload"] == {"password": "[redacted]", "note": ["a", "b"]}
+    assert response["api_base"] == f"{gateway.upstream.url}/pass"
+    assert "hunter2" not in str({**request, **response})

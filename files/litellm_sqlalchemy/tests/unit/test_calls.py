@@ -582,3 +582,31 @@ def test_the_spool_is_told_whether_a_call_was_accepted(tmp_path: Path) -> None:
     call.noticed = call.failed = True
     end(call)
     assert producer.accepted == [True, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("body", "kept"),
+    [
+        (b"note=a+b%26c&password=hunter2", b'{"note":"a b&c","password":"[redacted]"}'),
+        (b"list=1&list=2&empty=&alone", b'{"list":["1","2"],"empty":"","alone":""}'),
+        (b"%ff=%00&%zz=\xff", b'{"\xef\xbf\xbd":"\\u0000","%zz":"\xef\xbf\xbd"}'),
+        (b"", b""),
+        (b'{"password":"hunter2&a=b"}', b'{"password":"[redacted]"}'),
+    ],
+)
+def test_the_fields_of_a_form(tmp_path: Path, body: bytes, kept: bytes) -> None:
+    """As JSON, so that credentials show by the names of their fields; `curl -d` calls everything such a form."""
+    recorder, producer = make_recorder(tmp_path)
+    call = make_call(recorder, body)
+    call.content_type = b"Application/X-WWW-Form-Urlencoded; charset=utf-8"
+    call.accept(None, {"litellm_logging_obj": object(), "password": "of LiteLLM"}, "pass_through_endpoint")
+    _, metadata, payload = producer.records[0]
+    assert payload == kept
+    assert metadata.get("payload_digest") == (hashlib.sha256(body).hexdigest() if body else None)
+
+
+@pytest.mark.parametrize("mark", ["?token=word&q=word", "#word", "?#word"])
+def test_no_query_string_is_kept(mark: str) -> None:
+    """Of a pass-through call LiteLLM says the target with it."""
+    columns = event_of({**SUCCESS, "api_base": f"https://example.net/pass{mark}"})["columns"]
+    assert columns["api_base"] == "https://example.net/pass"
