@@ -279,14 +279,14 @@ class Call:
     def _request_payload(self) -> tuple[bytes, bool]:
         """Return the body, of a form its fields without the files; and whether it is only a beginning."""
         kind = self.content_type.lower()
+        content, truncated = self.request.content(), self.request.truncated
         if kind.startswith(b"multipart/"):
             fields = {
                 name: value
                 for name, value in self._client_body().items()
                 if isinstance(value, str | int | float | bool) and name != "litellm_call_id"
             }
-            return orjson.dumps(fields), False
-        content, truncated = self.request.content(), self.request.truncated
+            content, truncated = orjson.dumps(fields), False
         if self.rejected and len(content) > _REJECTED_SIZE:
             content, truncated = content[:_REJECTED_SIZE], True
         if content and kind.startswith(_FORM) and not content.startswith(_JSON):

@@ -610,3 +610,17 @@ def test_no_query_string_is_kept(mark: str) -> None:
     """Of a pass-through call LiteLLM says the target with it."""
     columns = event_of({**SUCCESS, "api_base": f"https://example.net/pass{mark}"})["columns"]
     assert columns["api_base"] == "https://example.net/pass"
+
+
+@pytest.mark.parametrize("kind", ["multipart/form-data; boundary=x", "application/x-www-form-urlencoded"])
+def test_a_rejected_form_is_cut(tmp_path: Path, kind: str) -> None:
+    recorder, producer = make_recorder(tmp_path)
+    body = b"note=" + b"x" * 50_000
+    call = make_call(recorder, body)
+    call.content_type = kind.encode()
+    call.describe(None, {"note": "x" * 50_000}, None)
+    call.noticed = call.failed = True
+    end(call)
+    _, metadata, payload = producer.records[0]
+    assert len(payload) < 16 * 1024 + 20
+    assert (metadata["payload_truncated"], metadata["payload_digest"]) == (True, hashlib.sha256(body).hexdigest())
