@@ -116,15 +116,16 @@ class RequestLogger(CustomLogger):
     ) -> None:
         """One attempt at one deployment has failed."""
         call = current_call.get()
-        if call is not None and not _is_health_check(call):
+        is_own = call is not None and not call.is_foreign(text(request_data.get("litellm_call_id")))
+        if call is not None and is_own and not _is_health_check(call):
             call.attempts = (*call.attempts, _attempt_of(call, request_data, exception))
 
     @_guarded
     async def async_post_call_success_deployment_hook(self, request_data: Any, response: Any, call_type: Any) -> None:
         """A deployment has answered; LiteLLM tells no outcome of an answer that a guardrail then refuses."""
         call = current_call.get()
-        if call is not None and call.accepted:
-            call.answer = response
+        if call is not None and call.accepted and not call.is_foreign(text(request_data.get("litellm_call_id"))):
+            call.take_answer(response, call_type)
 
     def _take_event(self, kwargs: dict[str, Any]) -> None:
         payload = kwargs.get("standard_logging_object")
@@ -135,8 +136,10 @@ class RequestLogger(CustomLogger):
             self._record_internal(call, payload, event_of(payload))
             return
         call_id = text(payload.get("litellm_call_id"))
-        if call.accepted and call_id and call_id != call.call_id:
-            return  # a call that LiteLLM made for this one, like a guardrail's: no client's call
+        if call.is_foreign(call_id):
+            _take_inner(call, payload)
+            call.conclude()
+            return
         call.noticed = True
         try:
             self._take_outcome(call, payload)
@@ -166,6 +169,16 @@ class RequestLogger(CustomLogger):
         call.accept(None, {"model": payload.get("model")}, payload.get("call_type"))
         call.event = event
         call.finish()
+
+
+def _take_inner(call: Call, payload: dict[str, Any]) -> None:
+    """Take the outcome of a call that LiteLLM has made of the client's; it has the client's metadata.
+
+    What a guardrail asks has not. The client gets the answer in another form.
+    """
+    is_of_client = (payload.get("metadata") or {}).get("user_api_key_request_route")
+    if is_of_client and payload.get("status") == "success":
+        call.inner = {**event_of(payload), "response": None}
 
 
 def _is_health_check(exchange: Call) -> bool:

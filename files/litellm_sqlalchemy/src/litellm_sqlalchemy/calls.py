@@ -22,7 +22,7 @@ from urllib.parse import parse_qs
 
 import orjson
 
-from litellm_sqlalchemy.events import columns_of_answer
+from litellm_sqlalchemy.events import columns_of_answer, sums_of_answers
 from litellm_sqlalchemy.frames import Kind
 from litellm_sqlalchemy.identifiers import new_id
 from litellm_sqlalchemy.recorder import Body, Recorder
@@ -34,6 +34,8 @@ _MAX_TAGS = 64
 _REJECTED_SIZE = 16 * 1024
 #: Seconds that LiteLLM may take to tell of an answer that it has refused to hand on.
 _LATE_EVENT = 1.0
+#: How the kinds of calls begin whose success LiteLLM does not tell where it makes calls of another kind of them.
+_UNTOLD = "agenerate_content"
 #: What LiteLLM calls a key by: its SHA-256, or the master key's name. Anything else may be the key itself.
 _KEY_HASH = re.compile(r"[0-9a-f]{64}|litellm_proxy_master_key")
 #: Forms without files, and how a body begins that is none: `curl -d` says of whatever it sends that it is such a form.
@@ -68,6 +70,8 @@ class Call:
     interrupted = False
     """The server stopped in the middle of it."""
     call_id: str | None = None
+    told_id: str | None = None
+    """The call id by which LiteLLM tells what belongs to the call, where it has said one."""
     session_id: str | None = None
     noticed = False
     """LiteLLM has fired a hook: this exchange is a call."""
@@ -80,6 +84,8 @@ class Call:
     done = False
     answer: Any = None
     """The last one of a deployment."""
+    answers: Sequence[Any] = ()
+    """Those of the kind that the client asked for: of a call to several models (`"model": "a,b"`) one of each."""
     headers: Mapping[str, str] = _NOTHING
     """Those of the allow-list."""
     caller: Mapping[str, Any] = _NOTHING
@@ -87,6 +93,8 @@ class Call:
     attempts: Sequence[Mapping[str, Any]] = ()
     """Those that have failed."""
     event: Mapping[str, Any] = _NOTHING
+    inner: Mapping[str, Any] = _NOTHING
+    """The event of another call, which LiteLLM has made of this one."""
     error: Mapping[str, Any] = _NOTHING
     _timer: TimerHandle | None = None
     _written: bool | None = None
@@ -118,6 +126,7 @@ class Call:
         tags = metadata.get("tags")
         logging_object = data.get("litellm_logging_obj")  # all that a pass-through call has
         call_id = text(data.get("litellm_call_id") or getattr(logging_object, "litellm_call_id", None))
+        self.told_id = call_id
         if call_id and (self.accepted or not self.call_id):  # for rejected calls LiteLLM makes up an id of its own
             self.call_id = call_id
         self.caller = {
@@ -134,6 +143,16 @@ class Call:
             "end_user": text(getattr(key, "end_user_id", None) or self._client_body().get("user")),
             "tags": [tag for tag in map(text, tags[:_MAX_TAGS]) if tag] if isinstance(tags, list) else None,
         }
+
+    def is_foreign(self, call_id: str | None) -> bool:
+        """Return whether this is the id of another call, which LiteLLM has made for this one."""
+        return bool(self.accepted and self.told_id and call_id) and call_id != self.told_id
+
+    def take_answer(self, answer: Any, call_type: str | None) -> None:
+        """Take an answer of a deployment; LiteLLM may hand on the same one more than once."""
+        self.answer = answer
+        if call_type == self.caller.get("call_type") and not any(answer is known for known in self.answers):
+            self.answers = (*self.answers, answer)
 
     def write_request(self, calls: int = 1) -> None:
         """Write the request record, once."""
@@ -185,7 +204,11 @@ class Call:
         if answered or self.interrupted or (failed and (self.attempts or not self.accepted)):
             self.finish()
         else:
-            self._finish_in(_LATE_EVENT if failed else self._recorder.content.event_timeout)
+            self._finish_in(_LATE_EVENT if failed or self._is_untold() else self._recorder.content.event_timeout)
+
+    def _is_untold(self) -> bool:
+        """Return whether LiteLLM has told all that it will by the event of another call."""
+        return bool(self.inner) and str(self.caller.get("call_type")).startswith(_UNTOLD)
 
     def _finish_in(self, seconds: float) -> None:
         loop = get_running_loop()
@@ -203,6 +226,9 @@ class Call:
         self._recorder.hooks.calls += 1
         if self._timer is not None:
             self._timer.cancel()
+        failed = self.failed or (self.status_code or 0) >= 400
+        if self.inner and self.event.get("status") != "success" and (self._is_untold() or not failed):
+            self.event = self.inner
         if self.accepted or self.event.get("status") == "success":
             self.write()
         else:
@@ -224,8 +250,8 @@ class Call:
             self._record(Kind.RESPONSE, self._outcome(), body, b"")
         # LiteLLM's objects refer to each other and to the context that holds this call: neither they nor the bodies
         # shall wait for the garbage collector.
-        self.caller = self.data = self.event = _NOTHING
-        self.answer = None
+        self.caller = self.data = self.event = self.inner = _NOTHING
+        self.answer, self.answers = None, ()
         self.request = self.response = _NO_BODY
 
     def _status(self) -> str:
@@ -256,6 +282,7 @@ class Call:
         return {
             **event.get("columns", {}),
             **(_without_none(columns_of_answer(self.answer)) if refused else {}),
+            **(sums_of_answers(self.answers) if len(self.answers) > 1 else {}),
             **({} if succeeded else {**_without_none(event.get("error")), **self.error}),
             **outcome,
             "time_to_first_token_ms": milliseconds((self.first_byte_at - self.started) * 1000)
@@ -266,7 +293,12 @@ class Call:
         }
 
     def _last_attempt(self) -> int:
-        """Return 1 where a provider has answered, however far: that attempt is not among the failed ones."""
+        """Return 1 where a provider has answered, however far: that attempt is not among the failed ones.
+
+        Of a call to several models each answer is one.
+        """
+        if len(self.answers) > 1:
+            return len(self.answers)
         if self.event.get("status") == "success":
             return 0 if self.event["columns"]["cache_hit"] else 1
         return int(self.answer is not None or (self.streamed and self.status_code == 200))

@@ -9,6 +9,7 @@ from litellm_sqlalchemy.values import TEXT_LENGTH, encoded, milliseconds, number
 
 #: Bytes kept of what guardrails report.
 _GUARDRAILS_SIZE = 64 * 1024
+_TOKENS = ("prompt_tokens", "completion_tokens", "total_tokens", "cached_tokens", "reasoning_tokens")
 
 
 def event_of(payload: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,6 +71,13 @@ def columns_of_answer(answer: Any) -> dict[str, Any]:
     columns: dict[str, Any] = event_of(payload)["columns"]
     del columns["model"]
     return columns
+
+
+def sums_of_answers(answers: Sequence[Any]) -> dict[str, Any]:
+    """Return the tokens and the cost of several deployments' answers, added up."""
+    columns = [columns_of_answer(answer) for answer in answers]
+    told = {name: [one[name] for one in columns if one[name] is not None] for name in (*_TOKENS, "cost")}
+    return {name: real(sum(found)) if name == "cost" else number(sum(found)) for name, found in told.items() if found}
 
 
 def _without_query(url: str | None) -> str | None:

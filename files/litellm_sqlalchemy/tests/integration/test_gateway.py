@@ -353,3 +353,22 @@ def test_a_form_with_a_query_string(gateway: Gateway, gateway_database: Database
     assert request["payload"] == {"password": "[redacted]", "note": ["a", "b"]}
     assert response["api_base"] == f"{gateway.upstream.url}/pass"
     assert "hunter2" not in str({**request, **response})
+
+
+@pytest.mark.parametrize("headers", [{}, {"x-litellm-call-id": "of-the-client"}], ids=["no id", "an id"])
+def test_a_session_that_is_passed_through(
+    gateway: Gateway, gateway_database: Database, headers: dict[str, str]
+) -> None:
+    """LiteLLM tells its outcome by an id that it has told nobody."""
+    agent = f"passed through with {len(headers)}"
+    headers = {"authorization": f"Bearer {USER_KEY}", **headers}
+    url = gateway.url.replace("http", "ws") + "/test/session"
+    with connect(url, additional_headers=headers, user_agent_header=agent) as session:
+        assert json.loads(session.recv())["type"] == "session.created"
+    query = (
+        "SELECT status, status_code, call_type, api_base, attempt_count "
+        "FROM requests JOIN responses ON request_id = id WHERE user_agent = %s"
+    )
+    wait_until(lambda: gateway_database.query(query, agent), "the session is stored")
+    base = gateway.upstream.realtime_url.replace("http", "ws")
+    assert gateway_database.query(query, agent) == [("success", 101, "pass_through_endpoint", base, 1)]

@@ -173,6 +173,16 @@ def _messages(clients: Clients, model: str, **more: Any) -> Any:
     return create(model=model, max_tokens=20, messages=[{"role": "user", "content": clients.call_id}], **more)
 
 
+def _models(clients: Clients, models: str) -> None:
+    message = {"role": "user", "content": clients.call_id}
+    clients.post("/v1/chat/completions", {"model": models, "messages": [message]})
+
+
+def _generate(clients: Clients, path: str) -> None:
+    content = {"role": "user", "parts": [{"text": clients.call_id}]}
+    clients.post(f"/v1beta/models/{path}", {"contents": [content]})
+
+
 def _twice(clients: Clients, **more: Any) -> None:
     """Make the same call twice, with LiteLLM's cache."""
     more["extra_body"] = {"cache": {"use-cache": True}}
@@ -221,6 +231,20 @@ _READ: Json = {
     "finish_reason": "stop", "prompt_tokens": PROMPT_TOKENS, "completion_tokens": COMPLETION_TOKENS,
     "total_tokens": PROMPT_TOKENS + COMPLETION_TOKENS, "cached_tokens": 0, "reasoning_tokens": 0,
 }  # fmt: skip
+
+
+def _times(count: int) -> Json:
+    """Return what several answers add up to."""
+    summed = ("prompt_tokens", "completion_tokens", "total_tokens", "cached_tokens", "reasoning_tokens", "cost")
+    return {"attempt_count": count, **{column: count * RESPONSE[column] for column in summed}}
+
+
+def _generated(path: str) -> Json:
+    return _to(f"/v1beta/models/{path}", "agenerate_content", path.partition(":")[0])
+
+
+#: LiteLLM tells only of the chat call that it makes of it, without the deployment.
+_BRIDGED = {"model": "ok", "deployment": None}
 
 
 def _guardrail(name: str) -> Rule:
@@ -349,6 +373,31 @@ CASES = (
         "messages-bridged-stream", "messages to an OpenAI model, streamed",
         lambda c: c.read(_messages(c, "ok", stream=True)), {**_MESSAGES_REQUEST, **STREAM_REQUEST},
         {**_RESPONSES, **STREAM, "provider_response_id": holds("msg_"), "finish_reason": "stop"},
+    ),
+    Case(
+        "models", "several models at once (tokens and cost of all answers)", lambda c: _models(c, "ok,ok,ok"),
+        {"model": "ok,ok,ok"}, _times(3),
+    ),
+    Case(
+        "models-retry", "several models at once, one at the second attempt", lambda c: _models(c, "ok,flaky"),
+        {"model": "ok,flaky"},
+        {**_times(2), "model": holds("openai/"), "deployment": holds("deployment-"), "attempt_count": 3,
+         "attempts": attempts(("deployment-flaky", "InternalServerError"))},
+    ),
+    Case(
+        "generate-content", "generateContent to an OpenAI model", lambda c: _generate(c, "ok:generateContent"),
+        _generated("ok:generateContent"), _BRIDGED,
+    ),
+    Case(
+        "generate-content-stream", "generateContent to an OpenAI model, streamed (the stream itself is kept)",
+        lambda c: _generate(c, "ok:streamGenerateContent"),
+        {**_generated("ok:streamGenerateContent"), "call_type": "agenerate_content_stream", **STREAM_REQUEST},
+        {**_BRIDGED, **STREAM, "payload_encoding": "text", "payload": streamed("The ", "42.")},
+    ),
+    Case(
+        "generate-content-fallback", "generateContent to an OpenAI model, fallback succeeds",
+        lambda c: _generate(c, "backed-up:generateContent"), _generated("backed-up:generateContent"),
+        {**_BRIDGED, "attempt_count": 2, "attempts": attempts(("deployment-backed-up", "APIConnectionError"))},
     ),
     Case("pass-through", "pass-through", lambda c: c.post("/pass", {"note": c.call_id}), _PASS_REQUEST, _PASSED),
     Case(

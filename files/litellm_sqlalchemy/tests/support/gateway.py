@@ -142,6 +142,7 @@ class Gateway:
             "ANTHROPIC_API_KEY": PROVIDER_KEY,
             "OPENAI_API_BASE": self.upstream.url,
             "OPENAI_API_KEY": PROVIDER_KEY,
+            "TEST_SESSIONS": self.upstream.realtime_url.replace("http", "ws"),
         }
         command = [
             str(Path(sys.executable).with_name("litellm")), "--config", "config.yaml",

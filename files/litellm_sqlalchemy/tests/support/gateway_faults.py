@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import inspect
+import os
 import time
 from contextvars import ContextVar
 from typing import Any
@@ -11,6 +12,7 @@ import litellm
 from litellm.integrations.custom_logger import CustomLogger
 from litellm.litellm_core_utils.logging_worker import GLOBAL_LOGGING_WORKER
 from litellm.proxy import proxy_server
+from litellm.proxy.pass_through_endpoints.pass_through_endpoints import create_websocket_passthrough_route
 
 from litellm_sqlalchemy import callback, calls, observer
 
@@ -75,6 +77,11 @@ def _altering(note: Any) -> Any:
 
 
 observer._note_start = _altering(observer._note_start)
+
+
+proxy_server.app.add_api_websocket_route(
+    "/test/session", create_websocket_passthrough_route("/test/session", os.environ["TEST_SESSIONS"])
+)
 
 
 @proxy_server.app.get("/test/state")

@@ -624,3 +624,111 @@ def test_a_rejected_form_is_cut(tmp_path: Path, kind: str) -> None:
     _, metadata, payload = producer.records[0]
     assert len(payload) < 16 * 1024 + 20
     assert (metadata["payload_truncated"], metadata["payload_digest"]) == (True, hashlib.sha256(body).hexdigest())
+
+
+class Answer:
+    """An answer of a deployment as LiteLLM hands it on."""
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens = tokens
+        self._hidden_params = {"response_cost": tokens / 8}
+
+    def model_dump(self) -> dict[str, Any]:
+        details = {"cached_tokens": 1}
+        return {"usage": {"prompt_tokens": self.tokens, "total_tokens": self.tokens, "prompt_tokens_details": details}}
+
+
+def test_the_answers_of_several_models_add_up(tmp_path: Path) -> None:
+    """LiteLLM tells of one; it hands on the same answer more than once, and in another form, where calls are nested."""
+    recorder, producer = make_recorder(tmp_path)
+    call = make_call(recorder)
+    call.accept(None, {"litellm_call_id": "c"}, "acompletion")
+    first, second = Answer(2), Answer(4)
+    for answer, call_type in ((first, "acompletion"), (second, "aresponses"), (second, "acompletion")) * 2:
+        call.take_answer(answer, call_type)
+    call.event = event_of({**SUCCESS, "prompt_tokens": 4, "completion_tokens": 3, "response_cost": 0.5})
+    end(call)
+    metadata = producer.records[1][1]
+    assert (metadata["prompt_tokens"], metadata["total_tokens"], metadata["cached_tokens"]) == (6, 6, 2)
+    assert (metadata["cost"], metadata["attempt_count"]) == (0.75, 2)
+    assert metadata["completion_tokens"] == 3, "what the answers do not tell is that of the event"
+
+
+def test_one_answer_counts_once(tmp_path: Path) -> None:
+    recorder, producer = make_recorder(tmp_path)
+    call = make_call(recorder)
+    call.accept(None, {"litellm_call_id": "c"}, "acompletion")
+    call.take_answer(Answer(2), "acompletion")
+    call.event = event_of({**SUCCESS, "prompt_tokens": 2, "response_cost": 0.25})
+    end(call)
+    metadata = producer.records[1][1]
+    assert (metadata["prompt_tokens"], metadata["cost"], metadata["attempt_count"]) == (2, 0.25, 1)
+
+
+@pytest.mark.parametrize(
+    ("state", "event", "tokens"),
+    [
+        ({}, None, 7),
+        ({}, FAILURE, 7),
+        ({}, {**SUCCESS, "prompt_tokens": 9}, 9),
+        ({"failed": True, "status_code": 500}, None, None),
+    ],
+    ids=["nothing", "a failed attempt", "the outcome", "the call has failed"],
+)
+def test_the_outcome_of_an_inner_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: dict[str, Any], event: dict[str, Any] | None,
+    tokens: int | None,
+) -> None:  # fmt: skip
+    """It stands for that of the call where LiteLLM tells none of a call that has succeeded."""
+
+    async def scenario() -> None:
+        call = make_call(recorder)
+        call.accept(None, {}, "acompletion")
+        call.inner = event_of({**SUCCESS, "litellm_call_id": "other", "prompt_tokens": 7})
+        call.event = event_of(event) if event else call.event
+        for name, value in state.items():
+            setattr(call, name, value)
+        end(call)
+        await wait_for(lambda: call.done)
+
+    monkeypatch.setattr("litellm_sqlalchemy.calls._LATE_EVENT", 0.02)
+    recorder, producer = make_recorder(tmp_path, event_timeout=0.02)
+    asyncio.run(scenario())
+    metadata = producer.records[1][1]
+    assert (metadata["status"], metadata.get("prompt_tokens")) == ("failure" if state else "success", tokens)
+
+
+def test_the_last_outcome_that_comes_is_waited_for_shortly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of generateContent LiteLLM tells only that of the chat call that it makes of it."""
+
+    async def scenario() -> None:
+        call = make_call(recorder)
+        call.accept(None, {}, "agenerate_content")
+        end(call)
+        call.inner = event_of({**SUCCESS, "prompt_tokens": 7})
+        call.conclude()
+        await wait_for(lambda: call.done)
+
+    monkeypatch.setattr("litellm_sqlalchemy.calls._LATE_EVENT", 0.02)
+    recorder, producer = make_recorder(tmp_path, event_timeout=60)
+    asyncio.run(scenario())
+    assert producer.records[1][1]["prompt_tokens"] == 7
+
+
+@pytest.mark.parametrize(
+    ("data", "call_id", "foreign"),
+    [
+        ({"litellm_call_id": "c"}, "c", False),
+        ({"litellm_call_id": "c"}, "d", True),
+        ({"litellm_call_id": "c"}, None, False),
+        ({"litellm_logging_obj": SimpleNamespace(litellm_call_id="c")}, "d", True),
+        ({}, "d", False),
+    ],
+)
+def test_what_is_of_another_call(tmp_path: Path, data: dict[str, Any], call_id: str | None, foreign: bool) -> None:
+    """Ids are compared where LiteLLM has told one: of a session that is passed through it tells none."""
+    call = make_call(make_recorder(tmp_path)[0])
+    call.call_id = "of the client"
+    assert not call.is_foreign(call_id)
+    call.accept(None, data, None)
+    assert call.is_foreign(call_id) == foreign
