@@ -155,10 +155,10 @@ class Selection:
         return condition
 
 
-def find_calls(connection: Connection, identifier: str) -> list[Row]:
-    """Return the calls with this id or this LiteLLM call id, payloads included, the latest first.
+def find_calls(connection: Connection, identifier: str, limit: int = 100) -> list[Row]:
+    """Return the latest calls with this id or this LiteLLM call id, payloads included, the latest first.
 
-    Clients may choose the call id, so that there can be several.
+    Clients may choose the call id, so that there can be any number of them.
     """
     query = calls_view().add_columns(
         Request.payload_encoding.label("request_encoding"),
@@ -169,7 +169,8 @@ def find_calls(connection: Connection, identifier: str) -> list[Row]:
     by_id = _as_uuid(identifier)
     if by_id is not None and (found := _rows(connection, query.where(Request.id == by_id))):
         return found
-    return _rows(connection, query.where(Request.call_id == identifier).order_by(Request.created_at.desc()))
+    query = query.where(Request.call_id == identifier).order_by(Request.created_at.desc()).limit(limit)
+    return _rows(connection, query)
 
 
 def last_calls(connection: Connection, selection: Selection, limit: int = 100) -> list[Row]:

@@ -26,6 +26,8 @@ _CALL_COLUMNS = (
     "created_at", "id", "status", "status_code", "model", "key_alias", "user_id", "total_tokens", "cost", "duration_ms"
 )  # fmt: skip
 _ORDERS = ("calls", "failures", "total_tokens", "cost")
+#: Calls that `call` shows: a client may choose one id for any number of them, each with its payloads.
+_MOST_CALLS = 100
 #: Columns of `call` that may have several lines.
 _PAYLOADS = ("request", "response")
 _BREAKS = "\n\t"
@@ -102,7 +104,11 @@ def _calls(settings: Settings, options: argparse.Namespace) -> int:
 
 def _call(settings: Settings, options: argparse.Namespace) -> int:
     with _reader(settings) as connection:
-        rows = queries.find_calls(connection, options.identifier)
+        rows = queries.find_calls(connection, options.identifier, _MOST_CALLS + 1)
+    if len(rows) > _MOST_CALLS:
+        rows.pop()
+        what = f"more than {_MOST_CALLS} calls have this LiteLLM call id: the latest are shown"
+        print(f"{what}, `litellm-sqlalchemy calls` lists the ids of others", file=sys.stderr)
     if not rows:
         raise LogError(
             f"no call has the id or LiteLLM call id {options.identifier!r:.80}: see `litellm-sqlalchemy calls`"

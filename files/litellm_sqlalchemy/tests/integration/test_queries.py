@@ -360,3 +360,19 @@ def test_verbs_print_no_escape_sequences(filled: Deployment) -> None:
         assert [line for line in lines if not line.isprintable()] == []
         assert sum(r"\x1b]0;pwned\x07\x1b[2J\n2026-03-10 forged" in line for line in lines) == 1, verb
     assert _json(filled, "call", "\x9b")[0]["model"] == model
+
+
+def test_a_call_id_that_many_calls_have(filled: Deployment, reader: Connection) -> None:
+    """A client may choose one for all of its calls: the latest are shown, and that there are more."""
+    engine = make_engine(filled.load().database, "writer", "test")
+    store = Store(engine)
+    store.deliver([frame for minute in range(100) for frame in _call(_at(minute / 60), call_id="many")])
+    done = filled.run("call", "many", "--json")
+    assert (len(json.loads(done.stdout)), done.stderr) == (100, "")
+    store.deliver(list(_call(_at(2), call_id="many")))
+    engine.dispose()
+    done = filled.run("call", "many", "--json")
+    found = json.loads(done.stdout)
+    assert (done.returncode, len(found), found[0]["created_at"]) == (0, 100, str(_at(2)))
+    assert done.stderr.startswith("more than 100 calls have this LiteLLM call id")
+    assert len(queries.find_calls(reader, "many", 3)) == 3
