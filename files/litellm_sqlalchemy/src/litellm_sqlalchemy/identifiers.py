@@ -42,8 +42,11 @@ def _uuid7(at_ns: int | None = None) -> int:
 
 
 def first_id_at(moment: datetime) -> uuid.UUID:
-    """Return the smallest UUIDv7 of a moment: `id >= first_id_at(t)` selects what came in at `t` or later."""
-    milliseconds = int(moment.timestamp() * 1000)
+    """Return the smallest UUIDv7 of a moment: `id >= first_id_at(t)` selects what came in at `t` or later.
+
+    Before 1970 there are none: the smallest of all stands for such a moment.
+    """
+    milliseconds = max(int(moment.timestamp() * 1000), 0)
     return uuid.UUID(int=milliseconds << 80 | 7 << 76 | 0b10 << 62)
 
 

@@ -77,6 +77,7 @@ class CallObserver:
             raise
         except Exception:
             call.aborted = True  # the server will cut the connection: not the client's doing
+            call.status_code = call.status_code or 500  # where nothing has gone out yet, it says this
             raise
         finally:
             started = time.perf_counter()

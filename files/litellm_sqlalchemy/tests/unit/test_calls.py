@@ -732,3 +732,25 @@ def test_what_is_of_another_call(tmp_path: Path, data: dict[str, Any], call_id: 
     assert not call.is_foreign(call_id)
     call.accept(None, data, None)
     assert call.is_foreign(call_id) == foreign
+
+
+@pytest.mark.parametrize("started", [None, 200])
+def test_an_application_that_breaks(tmp_path: Path, started: int | None) -> None:
+    """The server answers 500 in its place; where the answer had begun, it cuts the connection."""
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        call = current_call.get()
+        assert call is not None
+        call.accept(None, {}, None)
+        call.attempts = [{"ended_ms": 1.0}]
+        call.event = event_of(SUCCESS)
+        if started:
+            await send({"type": "http.response.start", "status": started, "headers": []})
+        raise RuntimeError("broken by the test")
+
+    recorder, producer = make_recorder(tmp_path)
+    scope = {"type": "http", "path": "/x", "method": "POST", "headers": [], "client": None}
+    with pytest.raises(RuntimeError, match="broken by the test"):
+        asyncio.run(CallObserver(application, recorder)(scope, None, lambda message: asyncio.sleep(0)))  # type: ignore[arg-type]
+    metadata = producer.records[1][1]
+    assert (metadata["status"], metadata["status_code"]) == ("failure", started or 500)

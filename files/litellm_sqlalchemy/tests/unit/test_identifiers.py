@@ -50,3 +50,9 @@ def test_the_time_of_an_id(moment: datetime) -> None:
     assert (
         first_id_at(moment - timedelta(milliseconds=1)) <= identifier < first_id_at(moment + timedelta(milliseconds=2))
     )
+
+
+@pytest.mark.parametrize("moment", [datetime(1969, 12, 31, 23, tzinfo=UTC), datetime(1, 1, 1, tzinfo=UTC)])
+def test_a_moment_before_all_ids(moment: datetime) -> None:
+    """Readers ask from an hour earlier than `--since`, which may be 1970-01-01."""
+    assert first_id_at(moment) == first_id_at(datetime(1970, 1, 1, tzinfo=UTC)) < uuid7(0)
