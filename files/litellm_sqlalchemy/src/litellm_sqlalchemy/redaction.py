@@ -8,7 +8,7 @@ import orjson
 from pydantic_core import SchemaValidator, core_schema
 
 #: Version of the rules below, stored with every row: raise it with every change of what they remove.
-REDACTION_VERSION = 4
+REDACTION_VERSION = 5
 _REDACTED = "[redacted]"
 #: Keys whose string values are no content: they stay readable in `redacted` mode.
 _KEPT_KEYS = frozenset(
@@ -20,6 +20,21 @@ _GUARDRAIL_KEYS = ("guardrail_name", "guardrail_mode", "guardrail_status", "dura
 _SECRET_KEYS = (
     r"(?:(?:api|private|secret)[_-]?key|access[_-]key(?:[_-]id)?|secret|[_-]token|password|credentials|authorization)"
 )
+
+#: How JSON, also within JSON, and URLs write a character: the `n` of `\n` is no part of the word behind it.
+_ESCAPES = (r"\\[bfnrt]", r"\\u[0-9A-Fa-f]{4}", "%[0-9A-Fa-f]{2}")
+
+
+def _begun(*prefixes: str) -> str:
+    """Return a pattern of prefixes, each of a fixed width, where a word begins.
+
+    What stands before a prefix is looked at from behind it: Python leaps from one literal to the next.
+    """
+    begins = (
+        rf"{prefix}(?:(?<!\w{prefix})|{'|'.join(f'(?<={escape}{prefix})' for escape in _ESCAPES)})"
+        for prefix in prefixes
+    )
+    return f"(?:{'|'.join(begins)})"
 
 
 def _finder(trace: str) -> Callable[[str], bool]:
@@ -49,22 +64,31 @@ _TRACES = (
     ),
     # database URL
     (r"""://[^ \t\n\r\f\v/@"'\\]*@""", r"""(://)[^\s/@"'\\:]{0,128}:[^\s/@"'\\]{1,256}(?=@)""", rb"\1[redacted]"),
+    (  # JSON Web Token, without the letters of an escape that it stands behind
+        r"(?-u:eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]{8})",
+        r"(?<![\w-])((?>(?<=\\)(?:[bfnrt]|u[0-9A-Fa-f]{4})|))(?>[\w-]*?eyJ)[\w-]{8,}+\.[\w-]{8,}+\.[\w-]{8,}",
+        rb"\1[redacted]",
+    ),
     *(
         (trace, shape, b"[redacted]")
         for trace, shape in (
-            (r"(?-u:\bsk-[\w-]{16})", r"\bsk-[\w-]{16,}"),  # LiteLLM, OpenAI, Anthropic and their like
-            (r"A[KS]IA[A-Z0-9]{16}", r"\bA[KS]IA[A-Z0-9]{16}\b"),  # Amazon
-            (r"(?i-u:secret_access_key[\s=:])", r"(?i:(?<=secret_access_key)[\s=:]{1,8})[\w+/=]{40}"),
-            (r"(?-u:AIza[\w-]{30})", r"\bAIza[\w-]{30,}"),  # Google
-            (r"(?:gsk_|hf_|xai-|pplx-|r8_)[A-Za-z0-9]{20}", r"\b(?:gsk_|hf_|xai-|pplx-|r8_)[A-Za-z0-9]{20,}"),
-            (r"(?-u:(?:gh[posu]_|github_pat_)\w{20})", r"\b(?:gh[posu]_|github_pat_)\w{20,}"),
-            # GitLab, Slack, Vault
-            (r"(?-u:(?:glpat-|xox[a-z]-|hvs\.)[\w-]{16})", r"\b(?:glpat-|xox[a-z]-|hvs\.)[\w-]{16,}"),
-            (r"(?i-u:bearer [\w~+/.=-]{16})", r"(?i:(?<=bearer )[\w~+/.=-]{16,})"),
-            (  # JSON Web Token
-                r"(?-u:eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]{8})",
-                r"(?<![\w-])(?>[\w-]*?eyJ)[\w-]{8,}+\.[\w-]{8,}+\.[\w-]{8,}",
+            (  # LiteLLM, OpenAI, Anthropic and their like; not `task-...`, which is no reason to look for any shape
+                rf"(?:(?-u:\b)|{'|'.join(_ESCAPES)})(?-u:sk-[\w-]{{16}})",
+                _begun("sk-") + r"[\w-]{16,}",
             ),
+            (r"A[KS]IA[A-Z0-9]{16}", _begun("A[KS]IA") + r"[A-Z0-9]{16}\b"),  # Amazon
+            (r"(?i-u:secret_access_key[\s=:])", r"(?i:(?<=secret_access_key)[\s=:]{1,8})[\w+/=]{40}"),
+            (r"(?-u:AIza[\w-]{30})", _begun("AIza") + r"[\w-]{30,}"),  # Google
+            (
+                r"(?:gsk_|hf_|xai-|pplx-|r8_)[A-Za-z0-9]{20}",
+                _begun("gsk_", "hf_", "xai-", "pplx-", "r8_") + "[A-Za-z0-9]{20,}",
+            ),
+            (r"(?-u:(?:gh[posu]_|github_pat_)\w{20})", _begun("gh[posu]_", "github_pat_") + r"\w{20,}"),
+            (  # GitLab, Slack, Vault
+                r"(?-u:(?:glpat-|xox[a-z]-|hvs\.)[\w-]{16})",
+                _begun("glpat-", "xox[a-z]-", r"hvs\.") + r"[\w-]{16,}",
+            ),
+            (r"(?i-u:bearer [\w~+/.=-]{16})", r"(?i:(?<=bearer )[\w~+/.=-]{16,})"),
             (
                 r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
                 r'-----BEGIN [A-Z ]*PRIVATE KEY-----[^"]*?(?:-----END [A-Z ]*PRIVATE KEY-----|(?=")|\Z)',

@@ -3,6 +3,7 @@
 import json
 import time
 from typing import Any
+from urllib.parse import quote
 
 import orjson
 import pytest
@@ -135,6 +136,11 @@ SHAPES = {
 }
 
 
+def secret_of(what: str) -> str:
+    """Return of a shape what must not be stored."""
+    return SHAPES[what].split("://")[-1].split("@")[0].removeprefix("Bearer ").split(" = ")[-1]
+
+
 @pytest.mark.parametrize("what", SHAPES)
 def test_a_secret_is_known_by_its_shape(what: str) -> None:
     text = f"Here it is: {SHAPES[what]}, what now?"
@@ -142,9 +148,31 @@ def test_a_secret_is_known_by_its_shape(what: str) -> None:
     assert "[redacted]" in stored
     assert stored.startswith("Here it is: ")
     assert stored.endswith(", what now?") or what == "database URL"
-    secret = SHAPES[what].split("://")[-1].split("@")[0].removeprefix("Bearer ").split(" = ")[-1]
-    assert secret not in stored
+    assert secret_of(what) not in stored
     assert stored == orjson.loads(scrubbed(orjson.dumps(stored))), "a second time changes nothing"
+
+
+@pytest.mark.parametrize("depth", range(4))
+@pytest.mark.parametrize("what", SHAPES)
+def test_a_secret_is_known_whatever_it_stands_behind(what: str, depth: int) -> None:
+    """In a text, in JSON, in JSON within JSON and in that within JSON: `\\n` ends in a letter there."""
+    for before in (" ", '"', "=", "\n", "\r\n", "\t", "\b\f", "\0", "\uff1a", "\U0001f511"):
+        for ascii_only in (False, True):
+            text = f"Here:{before}{SHAPES[what]}"
+            for _ in range(depth):
+                text = json.dumps([text], ensure_ascii=ascii_only)
+            stored = scrubbed(text.encode()).decode()
+            for _ in range(depth):
+                [stored] = json.loads(stored)
+            assert stored.startswith(f"Here:{before}")
+            assert "[redacted]" in stored
+            assert secret_of(what) not in stored
+
+
+@pytest.mark.parametrize("before", ["api_key=", "%20", "%0A", "%0a", "%EF%BC%9A"])
+@pytest.mark.parametrize("what", [what for what in SHAPES if quote(SHAPES[what]) == SHAPES[what]])
+def test_a_secret_that_is_the_same_in_a_form(what: str, before: str) -> None:
+    assert secret_of(what).encode() not in scrubbed(f"a=b&c={before}{SHAPES[what]}&d=e".encode())
 
 
 #: A secret's key in JSON, in JSON within JSON, and in JSON within that.
@@ -154,6 +182,7 @@ KEYS = [f"{quote}password{quote}:{quote}" for quote in ('"', '\\"', '\\\\\\"')]
 def _beginnings() -> set[bytes]:
     """Return what a search may be tricked with: all beginnings of secrets and of keys of secrets, in every notation."""
     texts = [*KEYS, *(f"{key}v" for key in KEYS), '"password"   :   "', *SHAPES.values()]
+    texts += [escape + text for escape in ("\\n", "\\uff1a", "%20") for text in SHAPES.values()]
     runs = {b"\\", b"\\\\\\\\", b" ", b"a", b"A", b"-", b'"', b"eyJ-", b"://a:", b"-----END A"}
     return runs | {text[:length].encode() for text in texts for length in range(1, min(len(text), 60) + 1)}
 
@@ -167,7 +196,7 @@ def test_every_secret_has_its_trace(what: str) -> None:
         secret[:end] + between + secret[start:]
         for end in places
         for start in places[end:]
-        for between in (b"", b" ", b"\xff")
+        for between in (b"", b" ", b"\xff", b"\\n", b"\\uff1a", b"%20")
     }
     found = [(text, has_trace) for text in cut for has_trace, shape, _ in _SECRETS if shape.search(text)]
     assert found
@@ -189,7 +218,14 @@ def test_no_text_takes_long(before: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["task-force and risk-free", "https://example.net:8443/a@b", "a bearer of news", "sk-"]
+    "text",
+    [
+        "task-force and risk-free",
+        "https://example.net:8443/a@b",
+        "a bearer of news",
+        "sk-",
+        "task-0123456789abcdef0123",
+    ],
 )
 def test_ordinary_words_stay(text: str) -> None:
     assert scrubbed(text.encode()) == text.encode()
