@@ -48,9 +48,11 @@ def _finder(trace: str) -> Callable[[str], bool]:
 
 #: What is removed: a trace that every text has which the shape is found in, the whole shape, and what stands in its
 #: place. The first two are values of keys, in JSON and in JSON within JSON, as the arguments of tools are: its quotes
-#: are escaped, by up to 15 backslashes in the fourth. The others show by their shape; none of them reaches over the end
-#: of a JSON string. Clients choose what is searched here, in the gateway's event loop: no shape may be looked for from
-#: many places of the same run of characters (hence the lookbehinds, and `*+` and `++`, which give nothing back).
+#: are escaped, by up to 15 backslashes, the second group of the second shape. A backslash of the inner JSON is one more
+#: of them (`\2\\`); the value ends at a quote of the inner JSON, or before that of a string around it. The others show
+#: by their shape. What was JSON is JSON afterwards: no shape takes a part of an escape, or the quote behind a string.
+#: Clients choose what is searched here, in the gateway's event loop: no shape may be looked for from many places of the
+#: same run of characters (hence the lookbehinds, and `*+` and `++`, which give nothing back).
 _TRACES = (
     (
         rf'(?i-u:{_SECRET_KEYS})"(?-u:\s)*:',
@@ -59,7 +61,8 @@ _TRACES = (
     ),
     (
         rf'(?i-u:{_SECRET_KEYS})\\{{1,15}}"(?-u:\s)*:',
-        rf'(?i:((?<!\\)(\\{{1,15}})"[\w-]*{_SECRET_KEYS}\2"\s*+:\s*+\2")[^"]{{6,}}?(\2"|\Z))',
+        rf'(?i:((?<!\\)(\\{{1,15}})"[\w-]*{_SECRET_KEYS}\2"\s*+:\s*+\2")(?![^"\\]{{0,5}}(?:\2)?"))'
+        r'(?:[^"\\]++|(?<!\\)\\++(?!")|\2\\\2[\\"])*+(?:(\2")|(?=\\*+")|\Z)',
         rb"\1[redacted]\3",
     ),
     # database URL
@@ -79,9 +82,9 @@ _TRACES = (
             (r"A[KS]IA[A-Z0-9]{16}", _begun("A[KS]IA") + r"[A-Z0-9]{16}\b"),  # Amazon
             (r"(?i-u:secret_access_key[\s=:])", r"(?i:(?<=secret_access_key)[\s=:]{1,8})[\w+/=]{40}"),
             (r"(?-u:AIza[\w-]{30})", _begun("AIza") + r"[\w-]{30,}"),  # Google
-            (
+            (  # `\r8_` is a carriage return and no token
                 r"(?:gsk_|hf_|xai-|pplx-|r8_)[A-Za-z0-9]{20}",
-                _begun("gsk_", "hf_", "xai-", "pplx-", "r8_") + "[A-Za-z0-9]{20,}",
+                _begun("gsk_", "hf_", "xai-", "pplx-", r"(?<!\\)r8_") + "[A-Za-z0-9]{20,}",
             ),
             (r"(?-u:(?:gh[posu]_|github_pat_)\w{20})", _begun("gh[posu]_", "github_pat_") + r"\w{20,}"),
             (  # GitLab, Slack, Vault
@@ -89,9 +92,10 @@ _TRACES = (
                 _begun("glpat-", "xox[a-z]-", r"hvs\.") + r"[\w-]{16,}",
             ),
             (r"(?i-u:bearer [\w~+/.=-]{16})", r"(?i:(?<=bearer )[\w~+/.=-]{16,})"),
-            (
+            (  # `(?!)`: before Python 3.11.5 a `(...)*+` goes on where its last try gave up (python/cpython#100061)
                 r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
-                r'-----BEGIN [A-Z ]*PRIVATE KEY-----[^"]*?(?:-----END [A-Z ]*PRIVATE KEY-----|(?=")|\Z)',
+                r'-----BEGIN [A-Z ]*PRIVATE KEY-----(?s:[^"\\-]++|\\.|-(?!----END [A-Z ]*PRIVATE KEY-----)|(?!))*+'
+                r'(?:-----END [A-Z ]*PRIVATE KEY-----|(?=")|\\?\Z)',
             ),
             # PostgreSQL's verifier
             (r"SCRAM-SHA-256\$[0-9]+:", r"SCRAM-SHA-256\$\d+:[\w+/=]+\$[\w+/=]+:[\w+/=]+"),

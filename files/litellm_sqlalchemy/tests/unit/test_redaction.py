@@ -89,9 +89,10 @@ def test_other_bytes_stay_as_they_are(payload: bytes) -> None:
     assert scrubbed(payload) == payload
 
 
-@pytest.mark.parametrize("depth", [1, 2, 3])
-def test_a_credential_in_json_within_json(depth: int) -> None:
-    value: Any = {"name": "db1", "password": "correct horse", "max_tokens": 5}
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+@given(st.just("correct horse") | st.text('"\\\n\u00e9 a:,}', min_size=6))
+def test_a_credential_in_json_within_json(depth: int, password: str) -> None:
+    value: Any = {"name": "db1", "password": password, "max_tokens": 5}
     for _ in range(depth):
         value = {"arguments": orjson.dumps(value).decode(), "id": "call_1"}
     stored = orjson.loads(scrubbed(orjson.dumps(value)))
@@ -108,12 +109,43 @@ def test_a_credential_in_json_within_json(depth: int) -> None:
         (b'{"api_key": "correct ho', b'{"api_key": "[redacted]"'),
         (b'{"api_key": "correct\\', b'{"api_key": "[redacted]"'),
         (b'{"arguments": "{\\"password\\": \\"correct ho', b'{"arguments": "{\\"password\\": \\"[redacted]'),
+        (b'{"arguments": "{\\"password\\": \\"correct\\', b'{"arguments": "{\\"password\\": \\"[redacted]'),
         (b'{"content": "-----BEGIN PRIVATE KEY-----\\nMHcCAQE', b'{"content": "[redacted]'),
+        (b'{"content": "-----BEGIN PRIVATE KEY-----\\nMHcCAQE\\', b'{"content": "[redacted]'),
     ],
-    ids=["broken behind it", "cut in it", "cut in an escape", "cut in JSON within JSON", "cut in a private key"],
+    ids=[
+        "broken behind it",
+        "cut in it",
+        "cut in an escape",
+        "cut in JSON within JSON",
+        "cut in an escape there",
+        "cut in a private key",
+        "cut in an escape there, too",
+    ],
 )
 def test_a_credential_in_a_body_that_is_cut(body: bytes, stored: bytes) -> None:
     assert scrubbed(body) == stored
+
+
+@pytest.mark.parametrize(
+    ("text", "stored"),
+    [
+        ('-----BEGIN PRIVATE KEY-----"', "[redacted]"),
+        ("-----BEGIN PRIVATE KEY-----\\", "[redacted]"),
+        (
+            'key = "-----BEGIN PRIVATE KEY-----\\n"\n"MHcC-_E\\n"\n"-----END PRIVATE KEY-----\\n"',
+            'key = "[redacted]\\n"',
+        ),
+        ('{"password":"correct horse\\', '{"password":"[redacted]\\'),
+        ('{"password":"correct \\"horse', '{"password":"[redacted]'),
+        ("\neyJhbGciOiJI.eyJzdWIiOiIx.SflKxwRJSMeK", "\n[redacted]"),
+        ("\r8_" + "Ab12" * 6, "\r8_" + "Ab12" * 6),
+        ("\nr8_" + "Ab12" * 6, "\n[redacted]"),
+    ],
+)
+def test_a_text_ends_where_it_did(text: str, stored: str) -> None:
+    """What has the beginning of a secret, and a quote, a backslash or an escape's letter where it matters."""
+    assert orjson.loads(scrubbed(orjson.dumps([text, "behind"]))) == [stored, "behind"]
 
 
 SHAPES = {
@@ -175,16 +207,49 @@ def test_a_secret_that_is_the_same_in_a_form(what: str, before: str) -> None:
     assert secret_of(what).encode() not in scrubbed(f"a=b&c={before}{SHAPES[what]}&d=e".encode())
 
 
+def shape_of(value: Any) -> Any:
+    """Return a value without its words."""
+    if isinstance(value, dict):
+        return {key: shape_of(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [shape_of(item) for item in value]
+    return "a text" if isinstance(value, str) else value
+
+
+#: What texts are made of: secrets, whole and in parts, and what JSON escapes or stands around its texts.
+SECRETS = [*SHAPES.values(), '"password": "correct horse', '"api_key":"', "password", "r8_" + "Ab12" * 6]
+SECRETS += ["-----BEGIN PRIVATE KEY-----", "-----END PRIVATE KEY-----", "8_" + "Ab12" * 6]
+BETWEEN = ['"', '"', "\\", "\\", "\\\\", "\n", "\r", "\t", "\uff1a", "n", "u", " ", ":", ",", "@", "{", "}", "word"]
+TEXTS = st.lists(st.sampled_from(BETWEEN) | st.sampled_from(SECRETS), max_size=8).map("".join)
+
+
+@given(st.lists(TEXTS, min_size=1), st.lists(st.sampled_from(["content", "password", "JSON in it"]), max_size=5))
+def test_json_stays_json(texts: list[str], layers: list[str]) -> None:
+    value: Any = texts
+    for layer in layers:
+        value = json.dumps(value) if layer == "JSON in it" else {"before": 1, layer: value, "behind": ["word", None]}
+    for document in (orjson.dumps(value), json.dumps(value).encode()):
+        assert shape_of(orjson.loads(scrubbed(document))) == shape_of(value)
+
+
 #: A secret's key in JSON, in JSON within JSON, and in JSON within that.
 KEYS = [f"{quote}password{quote}:{quote}" for quote in ('"', '\\"', '\\\\\\"')]
+#: Characters that shapes go over, and what goes on until there is an end to it.
+RUNS = [b"\\", b"\\\\\\\\", b"\\n", b" ", b"a", b"A", b"-", b'"', b"eyJ-", b"://a:", b"-----END A", b"-----BEGIN A"]
+BEGUN = [b"-----BEGIN PRIVATE KEY-----", b"-----BEGIN ", b"://", *(f"{key}value".encode() for key in KEYS)]
 
 
 def _beginnings() -> set[bytes]:
     """Return what a search may be tricked with: all beginnings of secrets and of keys of secrets, in every notation."""
     texts = [*KEYS, *(f"{key}v" for key in KEYS), '"password"   :   "', *SHAPES.values()]
+    texts += [text for key in KEYS for text in (f"{key}value\\\\\\", f'{key}value\\\\"', f'{key}\\"', f"{key}\\n")]
+    texts += [
+        '-----BEGIN PRIVATE KEY-----\\"',
+        "-----BEGIN PRIVATE KEY-----\\n-",
+        "-----BEGIN PRIVATE KEY----------END A",
+    ]
     texts += [escape + text for escape in ("\\n", "\\uff1a", "%20") for text in SHAPES.values()]
-    runs = {b"\\", b"\\\\\\\\", b" ", b"a", b"A", b"-", b'"', b"eyJ-", b"://a:", b"-----END A"}
-    return runs | {text[:length].encode() for text in texts for length in range(1, min(len(text), 60) + 1)}
+    return set(RUNS) | {text[:length].encode() for text in texts for length in range(1, min(len(text), 60) + 1)}
 
 
 @pytest.mark.parametrize("what", [*SHAPES, *KEYS])
@@ -208,8 +273,10 @@ def test_no_text_takes_long(before: bytes) -> None:
     """Clients choose the text, and the gateway's event loop searches it: the time must not grow with its square."""
     assert all(has_trace(before.decode()) == bool(before) for has_trace, _, _ in _SECRETS)
     size, slow = 32 * 1024, {}
-    for beginning in _beginnings():
-        text = before + beginning * (size // len(beginning))
+    texts = {beginning: beginning * (size // len(beginning)) for beginning in _beginnings()}
+    texts |= {begun + run: begun + run * (4 * size // len(run)) + b'"' for begun in BEGUN for run in RUNS}
+    for beginning, repeated in texts.items():
+        text = before + repeated
         started = time.process_time()
         scrubbed(text)
         if (seconds := time.process_time() - started) > 0.2:
