@@ -120,7 +120,7 @@ def test_a_writer_killed_at_every_system_call(  # F36
         killed += done.returncode != 0
         drain(deployment.load())
         status = check(ledger, database, deployment.spool)
-        assert (status.spooled, status.interrupted) == (0, 2), (name, place)
+        assert (status.spooled, status.dead, status.interrupted) == (0, 0, 2), (name, place)
         assert not list((deployment.spool / "producers").iterdir()), (name, place)
     print(f"killed {killed} times in {counts}")
     assert killed > 0.9 * len(places) > 15

@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,10 @@ from support.records import BODY, Ledger, request, response
 from litellm_sqlalchemy import frames
 from litellm_sqlalchemy.consumer import Consumer, Cursor, producers, read_state
 from litellm_sqlalchemy.frames import Frame, Kind
+
+
+from litellm_sqlalchemy.consumer import Cursor, producers, read_state
+from litellm_sqlalchemy.frames import Damage, Frame, Kind
 from litellm_sqlalchemy.identifiers import uuid7
 from litellm_sqlalchemy.producer import Producer
 from litellm_sqlalchemy.settings import Settings, SpoolSettings
@@ -43,6 +48,7 @@ class Delivery(RuleBasedStateMachine):
         self.directory = Path(tempfile.mkdtemp(prefix="spool-", dir=MEMORY))
         self.store = FakeStore()
         self.ledger = Ledger()
+        self.damaged = 0
         self.producers: dict[Producer, list[str]] = {}
         self.unnoted = False  # rows may be there that the writer had no time to count
 
@@ -51,7 +57,7 @@ class Delivery(RuleBasedStateMachine):
             kill(producer)
         self.producers.clear()
         self._drain()
-        status = judge(self.ledger, self.store.rows, self.directory)
+        status = judge(self.ledger, self.store.rows, self.directory, damaged=self.damaged)
         assert status.spooled == 0
         assert not producers(self.directory), "folders of producers that are gone are removed"
         shutil.rmtree(self.directory)
@@ -113,6 +119,7 @@ class Delivery(RuleBasedStateMachine):
             with segments[-1].open("ab") as file:
                 file.write(frame[:cut])
             self.ledger.received += 1
+            self.damaged += 1
 
     @rule(place=st.integers(0, len(BODY) - 1))
     def damage(self, place: int) -> None:
@@ -128,12 +135,13 @@ class Delivery(RuleBasedStateMachine):
                 if int(file.stem) >= cursor.segment and position >= 0:
                     content[position + place] ^= 1
                     file.write_bytes(content)
+                    self.damaged += 1
                     return
 
     @rule()
     def drain(self) -> None:
         self._drain()
-        judge(self.ledger, self.store.rows, self.directory)
+        judge(self.ledger, self.store.rows, self.directory, damaged=self.damaged)
 
     @rule(step=st.sampled_from(STEPS), limit=st.integers(1, 5))
     def drain_and_die(self, step: str, limit: int) -> None:
@@ -213,6 +221,22 @@ def test_delivered_twice_is_stored_once(tmp_path: Path) -> None:
 def test_control_without_idempotency_the_judge_objects(tmp_path: Path) -> None:
     ledger, store = _delivered_twice(tmp_path, idempotent=False)
     with pytest.raises(AssertionError, match="a row is doubled"):
+        judge(ledger, store.rows, tmp_path)
+
+
+def test_control_whole_frames_that_are_called_damaged_are_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The counters of a reader that does so agree with each other."""
+    decode = frames.decode
+
+    def forgetful(*arguments: Any, **keywords: Any) -> Iterator[tuple[Frame | Damage, int]]:
+        for number, (found, behind) in enumerate(decode(*arguments, **keywords), 1):
+            yield (found if number % 4 else Damage("CRC mismatch", b"")), behind
+
+    with monkeypatch.context() as broken:
+        broken.setattr(frames, "decode", forgetful)
+        ledger, store = _delivered_twice(tmp_path, idempotent=True)
+    assert spool_status(tmp_path).damaged == 5
+    with pytest.raises(AssertionError, match="lost: 5"):
         judge(ledger, store.rows, tmp_path)
 
 
