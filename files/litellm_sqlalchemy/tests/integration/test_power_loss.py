@@ -1,9 +1,12 @@
 """A power cut at every moment of a gateway process's life: what it loses is what the fsync policy says."""
 
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+from faults.disks import file_system
 from faults.power import Disk, SystemCall, logging_calls, read_calls
 from faults.syscalls import python
 from support.drain import drain
@@ -17,6 +20,14 @@ from litellm_sqlalchemy.frames import Kind
 _INTERVAL = 0.4
 #: Seconds that a sync may begin later than it should, on a machine that has other things to do.
 _LATE = 0.3
+
+
+@pytest.fixture
+def deployment(deployment: Deployment) -> Iterator[Deployment]:
+    """The test's deployment with its spool in memory: what else writes to the machine's disk delays no sync."""
+    with file_system(64) as disk:
+        deployment.update(spool={"directory": str(disk)})
+        yield deployment
 
 
 @dataclass
