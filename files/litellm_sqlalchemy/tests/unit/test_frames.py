@@ -1,6 +1,7 @@
 """Frames come back as they were written; a damaged file yields every frame that is whole, and never another."""
 
 import random
+import time
 from dataclasses import dataclass
 from typing import cast
 
@@ -135,7 +136,19 @@ def test_a_kind_of_a_later_version_is_damage() -> None:
 
 def test_a_large_segment_is_read_in_linear_time() -> None:
     """Damage must not make every later frame be searched for from the start."""
+    small, large = _seconds_behind_noise(30_000), _seconds_behind_noise(120_000)
+    assert large < 8 * small, f"four times the noise takes {large / small:.1f} times as long"
+
+
+def _seconds_behind_noise(places: int) -> float:
+    """Read a frame behind so many places where one might begin; return the shortest of three times."""
     source = random.Random(1)
-    noise = b"".join(b"LS" + source.randbytes(30) for _ in range(30_000))
     frame = Frame(Kind.REQUEST, 1, b"{}", b"x")
-    assert [item for item in _decoded(noise + frames.encode(frame, SEED)) if isinstance(item, Frame)] == [frame]
+    data = b"".join(b"LS" + source.randbytes(30) for _ in range(places)) + frames.encode(frame, SEED)
+    seconds = []
+    for _ in range(3):
+        began = time.process_time()
+        found = _decoded(data)
+        seconds.append(time.process_time() - began)
+        assert [item for item in found if isinstance(item, Frame)] == [frame]
+    return min(seconds)
