@@ -23,10 +23,6 @@ from support.records import BODY, Ledger, request, response
 
 from litellm_sqlalchemy import frames
 from litellm_sqlalchemy.consumer import Consumer, Cursor, producers, read_state
-from litellm_sqlalchemy.frames import Frame, Kind
-
-
-from litellm_sqlalchemy.consumer import Cursor, producers, read_state
 from litellm_sqlalchemy.frames import Damage, Frame, Kind
 from litellm_sqlalchemy.identifiers import uuid7
 from litellm_sqlalchemy.producer import Producer
