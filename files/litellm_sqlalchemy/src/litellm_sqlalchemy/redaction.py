@@ -10,10 +10,13 @@ from pydantic_core import SchemaValidator, core_schema
 #: Version of the rules below, stored with every row: raise it with every change of what they remove.
 REDACTION_VERSION = 5
 _REDACTED = "[redacted]"
-#: Keys whose string values are no content: they stay readable in `redacted` mode.
+#: Keys whose string values are no content where they look like identifiers: these stay readable in `redacted` mode.
 _KEPT_KEYS = frozenset(
     {"model", "role", "type", "object", "id", "finish_reason", "stop_reason", "tool_choice", "name", "code", "created"}
 )
+_is_identifier = re.compile(r"[A-Za-z0-9_.:/@-]{1,128}").fullmatch
+#: Keys of objects that are all content, whatever they call its parts: what tools are called with, and clients' notes.
+_CONTENT_KEYS = frozenset({"input", "arguments", "args", "parameters", "metadata"})
 #: What is kept of a guardrail's report where content is not.
 _GUARDRAIL_KEYS = ("guardrail_name", "guardrail_mode", "guardrail_status", "duration")
 #: Keys of JSON objects whose values are credentials, as clients send them to LiteLLM.
@@ -140,7 +143,7 @@ def guardrail_summary(found: Any) -> dict[str, Any]:
 
 
 def redact(payload: bytes) -> bytes:
-    """Return a JSON payload with every string outside `_KEPT_KEYS` replaced; empty when it is not JSON."""
+    """Return a JSON payload with its strings replaced, but identifiers of `_KEPT_KEYS`; empty when it is not JSON."""
     try:
         content = orjson.loads(payload)
     except orjson.JSONDecodeError:
@@ -151,13 +154,16 @@ def redact(payload: bytes) -> bytes:
         return b""
 
 
-def _redacted(value: Any) -> Any:
+def _redacted(value: Any, kept: frozenset[str] = _KEPT_KEYS) -> Any:
     if isinstance(value, dict):
         return {
-            key: item if key in _KEPT_KEYS and isinstance(item, str) else _redacted(item) for key, item in value.items()
+            key: (item if key in kept and _is_identifier(item) else _REDACTED)
+            if isinstance(item, str)
+            else _redacted(item, frozenset() if key in _CONTENT_KEYS and isinstance(item, dict) else kept)
+            for key, item in value.items()
         }
     if isinstance(value, list):
         if value and all(isinstance(item, int | float) for item in value):
             return _REDACTED  # tokens or a vector: words in another form
-        return [_redacted(item) for item in value]
+        return [_redacted(item, kept) for item in value]
     return _REDACTED if isinstance(value, str) else value

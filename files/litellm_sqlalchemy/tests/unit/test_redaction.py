@@ -1,6 +1,7 @@
 """What is kept of a payload."""
 
 import json
+import re
 import time
 from typing import Any
 from urllib.parse import quote
@@ -10,27 +11,59 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from litellm_sqlalchemy.redaction import _KEPT_KEYS, _SECRETS, redact, scrubbed, scrubbed_together
+from litellm_sqlalchemy.redaction import _CONTENT_KEYS, _KEPT_KEYS, _SECRETS, redact, scrubbed, scrubbed_together
 
+NAMES = st.text() | st.sampled_from([*_KEPT_KEYS, *_CONTENT_KEYS])
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text(),
-    lambda children: st.lists(children) | st.dictionaries(st.text(), children),
+    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text() | st.sampled_from(["John Smith", "gpt-5"]),
+    lambda children: st.lists(children) | st.dictionaries(NAMES, children),
     max_leaves=30,
 )
 
 
-def words(value: Any, kept: bool = False) -> set[str]:
-    """Return every string value that is not under a key that stays readable."""
+def words(value: Any, kept: frozenset[str] = _KEPT_KEYS, key: str = "") -> set[str]:
+    """Return every string value that is not an identifier under a key that stays readable."""
     if isinstance(value, dict):
-        return set().union(*(words(item, key in _KEPT_KEYS) for key, item in value.items()))
+        return set().union(*(words(item, kept, key) for key, item in value.items()))
     if isinstance(value, list):
-        return set().union(*map(words, value))
-    return {value} if isinstance(value, str) and not kept else set()
+        return set().union(*(words(item, kept) for item in value))
+    if not isinstance(value, str) or (key in kept and re.fullmatch(r"[A-Za-z0-9_.:/@-]{1,128}", value)):
+        return set()
+    return {value}
 
 
 @given(JSON)
 def test_no_word_is_left(content: Any) -> None:
     assert words(json.loads(redact(json.dumps(content).encode()))) <= {"[redacted]"}
+
+
+@given(st.sampled_from(sorted(_CONTENT_KEYS)), st.dictionaries(NAMES, JSON))
+def test_no_word_is_left_of_what_tools_are_called_with(key: str, content: dict[str, Any]) -> None:
+    found = json.loads(redact(json.dumps([{"type": "tool_use", key: content}]).encode()))
+    assert words(found, frozenset()) <= {"tool_use", "[redacted]"}
+
+
+@pytest.mark.parametrize(
+    ("content", "kept"),
+    [
+        ({"type": "code_interpreter_call", "code": "patient='John Smith'"}, {"type": "code_interpreter_call"}),
+        ({"type": "tool_use", "name": "dial", "input": {"name": "Smith", "code": "0000"}},
+         {"type": "tool_use", "name": "dial", "input": {}}),
+        ({"input": {"list": [{"id": "Smith"}], "n": {"name": "Smith"}}}, {"input": {"list": [{}], "n": {}}}),
+        ({"input": [{"role": "user", "content": "Smith"}]}, {"input": [{"role": "user"}]}),
+        ({"model": "azure/gpt-4.1:eu@1", "id": "x" * 129}, {"model": "azure/gpt-4.1:eu@1"}),
+        ({"error": {"code": "invalid_api_key", "type": "M\u00fcller"}}, {"error": {"code": "invalid_api_key"}}),
+    ],
+)  # fmt: skip
+def test_what_is_an_identifier(content: Any, kept: Any) -> None:
+    assert without_redacted(json.loads(redact(json.dumps(content).encode()))) == kept
+
+
+def without_redacted(value: Any) -> Any:
+    """Return a value without the items of its objects that were replaced."""
+    if isinstance(value, dict):
+        return {key: without_redacted(item) for key, item in value.items() if item != "[redacted]"}
+    return [without_redacted(item) for item in value] if isinstance(value, list) else value
 
 
 @given(st.dictionaries(st.text(), st.dictionaries(st.text(), st.none() | st.booleans() | st.text())))
