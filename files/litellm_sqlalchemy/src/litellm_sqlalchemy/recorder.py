@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from litellm_sqlalchemy.frames import Kind
 from litellm_sqlalchemy.policy import Policy
 from litellm_sqlalchemy.producer import Producer
-from litellm_sqlalchemy.redaction import REDACTION_VERSION, redact, scrubbed_together, without_messages
+from litellm_sqlalchemy.redaction import REDACTION_VERSION, redact, scrubbed_together, whole, without_messages
 from litellm_sqlalchemy.settings import Mode, Settings
 from litellm_sqlalchemy.spool import HookTimes
 from litellm_sqlalchemy.values import encoded
@@ -99,7 +99,10 @@ class Recorder:
         if mode != "full":
             payload = redact(payload) if mode == "redacted" and not truncated else b""
             metadata = without_messages(metadata)
-        text, payload = scrubbed_together(encoded(metadata), payload)
+        plain = encoded(metadata)
+        text, payload = scrubbed_together(plain, payload)
+        if text != plain:
+            text = whole(text, plain)  # what is no JSON cannot be stored
         of_payload: dict[str, Any] = {}
         if truncated and payload:
             of_payload["payload_truncated"] = True

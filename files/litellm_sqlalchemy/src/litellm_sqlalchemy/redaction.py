@@ -125,6 +125,23 @@ def scrubbed_together(*contents: bytes) -> list[bytes]:
     return result
 
 
+def whole(scrubbed_text: bytes, text: bytes) -> bytes:
+    """Return scrubbed JSON, and where a shape has broken it the JSON that it was made of, scrubbed string by string."""
+    try:
+        orjson.loads(scrubbed_text)
+    except orjson.JSONDecodeError:
+        return orjson.dumps(_with_scrubbed_strings(orjson.loads(text)))
+    return scrubbed_text
+
+
+def _with_scrubbed_strings(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_scrubbed_strings(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_scrubbed_strings(item) for item in value]
+    return scrubbed(value.encode()).decode(errors="replace") if isinstance(value, str) else value
+
+
 def without_messages(metadata: dict[str, Any]) -> dict[str, Any]:
     """Return a record's metadata without texts that may quote content: of errors, and what guardrails found."""
     result = dict(metadata)

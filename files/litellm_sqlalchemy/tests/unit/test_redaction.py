@@ -3,6 +3,8 @@
 import json
 import re
 import time
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import quote
 
@@ -11,7 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from litellm_sqlalchemy import redaction
+from litellm_sqlalchemy.frames import Kind
+from litellm_sqlalchemy.recorder import Recorder
 from litellm_sqlalchemy.redaction import _CONTENT_KEYS, _KEPT_KEYS, _SECRETS, redact, scrubbed, scrubbed_together
+from litellm_sqlalchemy.settings import Settings
 
 NAMES = st.text() | st.sampled_from([*_KEPT_KEYS, *_CONTENT_KEYS])
 JSON = st.recursive(
@@ -263,6 +269,21 @@ def test_json_stays_json(texts: list[str], layers: list[str]) -> None:
         value = json.dumps(value) if layer == "JSON in it" else {"before": 1, layer: value, "behind": ["word", None]}
     for document in (orjson.dumps(value), json.dumps(value).encode()):
         assert shape_of(orjson.loads(scrubbed(document))) == shape_of(value)
+
+
+def test_metadata_stays_json_whatever_a_shape_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def always(text: str) -> bool:
+        return bool(text)
+
+    monkeypatch.setattr(redaction, "_has_a_trace", always)
+    monkeypatch.setattr(redaction, "_SECRETS", [(always, re.compile(rb'greedy[^"]*"?'), b"[redacted]")])
+    written: list[bytes] = []
+    producer: Any = SimpleNamespace(append=lambda _kind, text, _payload: written.append(text))
+    settings = Settings.model_validate({"database": {"host": "x"}, "spool": {"directory": tmp_path}})
+    metadata = {"user_agent": "a greedy one", "tags": ["greedy", "b"], "calls": 1}
+    Recorder(settings, producer).write(Kind.RESPONSE, "full", metadata, None, b"")
+    [text] = written
+    assert orjson.loads(text) == {"user_agent": "a [redacted]", "tags": ["[redacted]", "b"], "calls": 1}
 
 
 #: A secret's key in JSON, in JSON within JSON, and in JSON within that.
