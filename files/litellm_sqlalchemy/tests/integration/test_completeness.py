@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.cases import CASES, Case, Row, differences, rows, table
+from support.cases import CASES, SAID, Case, Row, differences, rows, said, table
 from support.clients import Clients
 from support.gateway import Gateway
 from support.postgresql import Database
@@ -81,6 +81,12 @@ def test_a_wrong_column_is_noticed(
     for expected, row in zip(CASES[0].expected(), (_told(found[0][0]), _told(found[1][0])), strict=True):
         assert differences(expected, row, clients) == []
         assert [column for column in row if not differences(expected, {**row, column: b"other"}, clients)] == []
+
+
+def test_what_was_said_is_found(gateway_database: Database, made: list[Clients]) -> None:
+    """The control of the gateway that keeps no content: its search finds every word where content is kept."""
+    found = [rows(gateway_database, clients.told_call_id) for clients in made]
+    assert said(*(row for pair in found for kind in pair for row in kind)) == set(SAID)
 
 
 def test_nothing_else_is_stored(gateway_database: Database, made: list[Clients]) -> None:

@@ -4,6 +4,7 @@ A case lists the columns in which its rows differ from those of a plain chat cal
 A column that neither lists must be NULL. A value may be a rule: a function of the value and the client.
 """
 
+import base64
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -13,11 +14,11 @@ from typing import Any
 from psycopg2.extras import RealDictCursor
 
 from litellm_sqlalchemy.redaction import REDACTION_VERSION
-from support.clients import USER_AGENT, Clients, Json
+from support.clients import PROMPT_WORD, USER_AGENT, Clients, Json
 from support.gateway import INPUT_COST, OUTPUT_COST
 from support.keys import LIMITED_KEY, OPAQUE_KEY, POOR_KEY, USER_KEY
 from support.postgresql import Database
-from support.upstream import AUDIO, COMPLETION_TOKENS, PROMPT_TOKENS, TEXT
+from support.upstream import AUDIO, COMPLETION_TOKENS, IMAGE, PROMPT_TOKENS, TEXT
 
 Rule = Callable[[Any, Clients], bool]
 Row = dict[str, Any]
@@ -170,7 +171,7 @@ def _rejected(status: int, error: str, **more: Any) -> Json:
 
 def _messages(clients: Clients, model: str, **more: Any) -> Any:
     create: Callable[..., Any] = clients.anthropic().messages.create
-    return create(model=model, max_tokens=20, messages=[{"role": "user", "content": clients.call_id}], **more)
+    return create(model=model, max_tokens=20, messages=[{"role": "user", "content": clients.prompt}], **more)
 
 
 def _models(clients: Clients, models: str) -> None:
@@ -186,7 +187,7 @@ def _generate(clients: Clients, path: str) -> None:
 def _twice(clients: Clients, **more: Any) -> None:
     """Make the same call twice, with LiteLLM's cache."""
     more["extra_body"] = {"cache": {"use-cache": True}}
-    clients.before().chat(prompt=clients.call_id, **more)
+    clients.before().chat(prompt=clients.prompt, **more)
     clients.chat(**more)
 
 
@@ -252,7 +253,7 @@ def _guardrail(name: str) -> Rule:
 
 
 def _message(model: str) -> Json:
-    return {"model": model, "max_tokens": 9, "messages": [{"role": "user", "content": "x"}]}
+    return {"model": model, "max_tokens": 9, "messages": [{"role": "user", "content": PROMPT_WORD}]}
 
 
 def _to(endpoint: str, call_type: str, model: str) -> Json:
@@ -281,7 +282,7 @@ CASES = (
     Case(
         "messages-attributes", "messages with the client's own metadata, tags and session",
         lambda c: c.anthropic(**_ATTRIBUTES).messages.create(
-            model="claude", max_tokens=20, messages=[{"role": "user", "content": c.call_id}],
+            model="claude", max_tokens=20, messages=[{"role": "user", "content": c.prompt}],
             metadata={"user_id": "end-user-1"},
         ),
         {**_MESSAGES_REQUEST, "model": "claude", "tags": ["a", "b"], "session_id": "session-1", "end_user": anything,
@@ -291,42 +292,42 @@ CASES = (
     Case(
         "responses-attributes", "responses with the client's own metadata, tags and session",
         lambda c: c.openai(**_ATTRIBUTES).responses.create(
-            model="ok", input=c.call_id, user="end-user-1", metadata={"tags": "of the client"}
+            model="ok", input=c.prompt, user="end-user-1", metadata={"tags": "of the client"}
         ),
         {**_RESPONSES_REQUEST, "tags": ["a", "b"], "session_id": "session-1", "end_user": "end-user-1",
          "trace_id": anything},
         _RESPONSES,
     ),
     Case(
-        "completion", "text completion", lambda c: c.openai().completions.create(model="ok", prompt=c.call_id),
+        "completion", "text completion", lambda c: c.openai().completions.create(model="ok", prompt=c.prompt),
         _to("/v1/completions", "atext_completion", "ok"),
         {"provider": "text-completion-openai", "provider_response_id": "cmpl-1"},
     ),
     Case(
         "completion-stream", "text completion, streamed",
-        lambda c: c.read(c.openai().completions.create(model="ok", prompt=c.call_id, stream=True)),
+        lambda c: c.read(c.openai().completions.create(model="ok", prompt=c.prompt, stream=True)),
         {**_to("/v1/completions", "atext_completion", "ok"), **STREAM_REQUEST},
         {**STREAM, "provider": "text-completion-openai", "provider_response_id": "cmpl-1"},
     ),
     Case(
         "embeddings", "embeddings",
-        lambda c: c.openai().embeddings.create(model="embedding", input=c.call_id, encoding_format="float"),
+        lambda c: c.openai().embeddings.create(model="embedding", input=c.prompt, encoding_format="float"),
         _to("/v1/embeddings", "aembedding", "embedding"), {**_EMBEDDING, "deployment": "deployment-embedding"},
     ),
     Case(
-        "image", "image", lambda c: c.openai().images.generate(model="image", prompt=c.call_id),
+        "image", "image", lambda c: c.openai().images.generate(model="image", prompt=c.prompt),
         _to("/v1/images/generations", "image_generation", "image"),
         {**_NO_TOKENS, "cached_tokens": 0, "deployment": "deployment-image", "provider_response_id": None,
          "finish_reason": None},
     ),
     Case(
-        "moderation", "moderation", lambda c: c.openai().moderations.create(model="moderation", input=c.call_id),
+        "moderation", "moderation", lambda c: c.openai().moderations.create(model="moderation", input=c.prompt),
         _to("/v1/moderations", "moderation", "moderation"),
         {**_NO_TOKENS, "deployment": "deployment-moderation", "provider_response_id": "modr-1", "finish_reason": None},
     ),
     Case(
         "speech", "speech",
-        lambda c: c.openai().audio.speech.create(model="speech", input=c.call_id, voice="alloy").read(),
+        lambda c: c.openai().audio.speech.create(model="speech", input=c.prompt, voice="alloy").read(),
         _to("/v1/audio/speech", "aspeech", "speech"),
         {**_NO_TOKENS, "cost": some, "deployment": "deployment-speech",
          "provider_response_id": None, "finish_reason": None, "payload_encoding": "base64",
@@ -343,18 +344,19 @@ CASES = (
         {**_NO_TOKENS, "deployment": "deployment-transcription", "provider_response_id": None, "finish_reason": None},
     ),
     Case(
-        "rerank", "rerank", lambda c: c.post("/v1/rerank", {"model": "rerank", "query": "q", "documents": ["a", "b"]}),
+        "rerank", "rerank",
+        lambda c: c.post("/v1/rerank", {"model": "rerank", "query": c.prompt, "documents": ["a", "b"]}),
         _to("/v1/rerank", "rerank", "rerank"),
         {**_NO_TOKENS, "cost": PROMPT_TOKENS * INPUT_COST, "model": "jina_ai/ok", "provider": "jina_ai",
          "deployment": "deployment-rerank", "provider_response_id": "rerank-1", "finish_reason": None},
     ),
     Case(
-        "responses", "responses (OpenAI)", lambda c: c.openai().responses.create(model="ok", input=c.call_id),
+        "responses", "responses (OpenAI)", lambda c: c.openai().responses.create(model="ok", input=c.prompt),
         _RESPONSES_REQUEST, _RESPONSES,
     ),
     Case(
         "responses-stream", "responses, streamed",
-        lambda c: c.read(c.openai().responses.create(model="ok", input=c.call_id, stream=True)),
+        lambda c: c.read(c.openai().responses.create(model="ok", input=c.prompt, stream=True)),
         {**_RESPONSES_REQUEST, **STREAM_REQUEST}, {**_RESPONSES, **STREAM},
     ),
     Case(
@@ -400,9 +402,12 @@ CASES = (
         {**_BRIDGED, "attempt_count": 2, "attempts": attempts(("deployment-backed-up", "APIConnectionError"))},
     ),
     Case("pass-through", "pass-through", lambda c: c.post("/pass", {"note": c.call_id}), _PASS_REQUEST, _PASSED),
+
+
+    Case("pass-through", "pass-through", lambda c: c.post("/pass", {"note": c.prompt}), _PASS_REQUEST, _PASSED),
     Case(
         "pass-through-stream", "pass-through, streamed (the stream itself is kept)",
-        lambda c: c.post("/pass", {"note": c.call_id, "stream": True}), {**_PASS_REQUEST, **STREAM_REQUEST},
+        lambda c: c.post("/pass", {"note": c.prompt, "stream": True}), {**_PASS_REQUEST, **STREAM_REQUEST},
         {**_PASSED, **STREAM, "payload_encoding": "text", "payload": streamed("The ", "42.", "[DONE]")},
     ),
     Case(
@@ -615,7 +620,8 @@ CASES = (
     Case(
         "disconnect", "client hangs up before the answer",
         lambda c: c.hang_up(
-            "/v1/chat/completions", {"model": "held", "messages": [{"role": "user", "content": "x"}]}, reads_on=True
+            "/v1/chat/completions", {"model": "held", "messages": [{"role": "user", "content": c.prompt}]},
+            reads_on=True,
         ),
         {"model": "held"},
         {**_GONE, "model": "openai/held", "deployment": "deployment-held",
@@ -625,7 +631,7 @@ CASES = (
         "disconnect-stream", "client hangs up in mid-stream",
         lambda c: c.hang_up(
             "/v1/chat/completions",
-            {"model": "held", "stream": True, "messages": [{"role": "user", "content": "x"}]}, after=b"answer",
+            {"model": "held", "stream": True, "messages": [{"role": "user", "content": c.prompt}]}, after=b"answer",
         ),
         {"model": "held", **STREAM_REQUEST},
         {**_GONE_IN_STREAM, "model": "openai/held", "deployment": "deployment-held"},
@@ -633,7 +639,7 @@ CASES = (
     Case(
         "disconnect-responses", "client hangs up in mid-stream of responses (LiteLLM does not always tell its outcome)",
         lambda c: c.hang_up(
-            "/v1/responses", {"model": "held", "stream": True, "input": "x"}, after=b"added", reads_on=True
+            "/v1/responses", {"model": "held", "stream": True, "input": c.prompt}, after=b"added", reads_on=True
         ),
         {**_RESPONSES_REQUEST, "model": "held", **STREAM_REQUEST},
         {**STREAM, **_GONE, **dict.fromkeys(_TOLD_BY_LITELLM, anything), "payload_encoding": anything,
@@ -644,7 +650,8 @@ CASES = (
         "disconnect-messages", "client hangs up in mid-stream of messages",
         lambda c: c.hang_up(
             "/v1/messages",
-            {"model": "claude-held", "stream": True, "max_tokens": 9, "messages": [{"role": "user", "content": "x"}]},
+            {"model": "claude-held", "stream": True, "max_tokens": 9,
+             "messages": [{"role": "user", "content": c.prompt}]},
             after=b"The ",
         ),
         {**_MESSAGES_REQUEST, "model": "claude-held", **STREAM_REQUEST},
@@ -659,6 +666,19 @@ CASES = (
          "payload": streamed("The ", "is ")},
     ),
 )  # fmt: skip
+
+
+#: What clients and providers say: without content nothing of it may be left, with content all of it is found.
+SAID = (
+    PROMPT_WORD, "FORBIDDEN", "DOUBTFUL", "UNWANTED", "{no JSON", TEXT, "The answer", IMAGE, "the provider says",
+    base64.b64encode(AUDIO[:12]).decode(),  # three bytes are four letters
+)  # fmt: skip
+
+
+def said(*stored: Row) -> set[str]:
+    """Return which of the words stand in rows."""
+    text = json.dumps(stored, default=str)
+    return {words for words in SAID if words in text}
 
 
 def differences(expected: Json, row: Mapping[str, Any], clients: Clients) -> list[str]:

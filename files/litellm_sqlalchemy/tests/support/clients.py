@@ -17,6 +17,8 @@ from support.upstream import Upstream
 
 Json = dict[str, Any]
 USER_AGENT = "completeness"
+#: A word of every prompt that has no other.
+PROMPT_WORD = "marmalade"
 
 
 class Clients:
@@ -64,7 +66,7 @@ class Clients:
         **more: Any,
     ) -> None:
         """Make a chat call through the OpenAI client; read a stream to its end."""
-        messages: Any = [{"role": "user", "content": prompt or self.call_id}]
+        messages: Any = [{"role": "user", "content": prompt or self.prompt}]
         create: Callable[..., Any] = self.openai(key, **(headers or {})).chat.completions.create
         answer = create(model=model, messages=messages, **more)
         if more.get("stream"):
@@ -115,6 +117,11 @@ class Clients:
             yield
         except (openai.OpenAIError, anthropic.AnthropicError, httpx.HTTPError) as error:
             self.error = error
+
+    @property
+    def prompt(self) -> str:
+        """A prompt that no other call has."""
+        return f"{PROMPT_WORD} {self.call_id}"
 
     @property
     def told_call_id(self) -> str:

@@ -20,6 +20,7 @@ from websockets.sync.server import ServerConnection, serve
 WORDS = ("The ", "answer ", "is ", "42.")
 TEXT = "".join(WORDS)
 AUDIO = b"ID3\x00\xff\xfe not quite an mp3" * 40
+IMAGE = "https://images.example.net/1.png"
 PROMPT_TOKENS, COMPLETION_TOKENS = 11, 7
 #: Seconds that a held answer waits at most.
 _PATIENCE = 30.0
@@ -274,7 +275,7 @@ def _embedding(_: Json) -> Json:
 
 
 def _image(_: Json) -> Json:
-    return {"created": 1, "data": [{"url": "https://images.example.net/1.png"}]}
+    return {"created": 1, "data": [{"url": IMAGE}]}
 
 
 def _moderation(_: Json) -> Json:
