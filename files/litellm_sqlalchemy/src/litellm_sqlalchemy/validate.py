@@ -174,11 +174,13 @@ class Validation:
         return "a server of another name is refused"
 
     def _plaintext_refused(self) -> str:
-        self._refusal(
+        message = self._refusal(
             {"sslmode": "disable", "channel_binding": "disable"},
             "the server accepts a connection without TLS",
             "leave only `hostssl` lines in pg_hba.conf",
         )
+        if "pg_hba.conf" not in message:  # no entry for it, or one that rejects it
+            raise CheckFailed(message, "check `database.host` and `database.port`: no server said why it refuses")
         return "a connection without TLS is refused"
 
     def _refusal(self, override: dict[str, Any], accepted: str, remedy: str) -> str:
