@@ -6,13 +6,15 @@ import inspect
 import os
 import time
 from contextvars import ContextVar
-from typing import Any
+from typing import Annotated, Any
 
 import litellm
+from fastapi import Depends, WebSocket
 from litellm.integrations.custom_logger import CustomLogger
 from litellm.litellm_core_utils.logging_worker import GLOBAL_LOGGING_WORKER
 from litellm.proxy import proxy_server
-from litellm.proxy.pass_through_endpoints.pass_through_endpoints import create_websocket_passthrough_route
+from litellm.proxy.auth.user_api_key_auth import user_api_key_auth_websocket
+from litellm.proxy.pass_through_endpoints.pass_through_endpoints import websocket_passthrough_request
 
 from litellm_sqlalchemy import callback, calls, observer
 
@@ -79,9 +81,10 @@ def _altering(note: Any) -> Any:
 observer._note_start = _altering(observer._note_start)
 
 
-proxy_server.app.add_api_websocket_route(
-    "/test/session", create_websocket_passthrough_route("/test/session", os.environ["TEST_SESSIONS"])
-)
+@proxy_server.app.websocket("/test/session")
+async def session(websocket: WebSocket, key: Annotated[Any, Depends(user_api_key_auth_websocket)]) -> None:
+    """Pass a session through to the provider; LiteLLM's own endpoint of that kind needs Google's credentials."""
+    await websocket_passthrough_request(websocket, os.environ["TEST_SESSIONS"], {}, key, endpoint="/test/session")
 
 
 @proxy_server.app.get("/test/state")
