@@ -3,12 +3,16 @@
 `state.json` holds, for each producer, the cursor (segment and offset behind the last delivered frame), the last
 sequence number and the calls that have a request but no response yet, and the counters of the whole spool. It is
 replaced atomically after the database's commit: a crash in between delivers the batch again, which changes nothing.
+
+When a producer is gone and its calls without a response are known, the writer makes up their responses, with the
+sequence number 0, in a last segment of the producer's folder. It is delivered and kept like the others.
 """
 
 import logging
 import os
 import shutil
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -63,7 +67,8 @@ class Totals:
 
     delivered_*: frames that the database has committed; duplicates: deliveries that found the row there already;
     dead: frames refused for good; damaged: frames that the disk lost; dropped: frames that no space was left for;
-    interrupted: responses made up for calls whose gateway process died; hooks: of gateway processes that are gone.
+    interrupted: responses made up for calls whose gateway process died, those included that were refused because a
+    restore has lost the request, until a replay; hooks: of gateway processes that are gone.
     """
 
     delivered_requests: int = 0
@@ -106,7 +111,7 @@ class Consumer:
         """Take the writer's lock; delivered segments go to `retention`, if any. Raises SpoolError, LockedError."""
         self._retention = retention
         self.directory = open_directory(directory, create=True)
-        self.problem = ""  # why a producer's files cannot be read
+        self.problem = ""  # why a producer's files cannot be read, or its last segment not be written
         self.guard = threading.Lock()  # held while counters move from a producer's folder to the totals
         self._state = directory / STATE_FILE
         try:
@@ -136,16 +141,23 @@ class Consumer:
         A producer whose files cannot be read keeps none of the others back; `problem` tells of it.
         """
         problem = ""
+
+
+        if self._retention:
+            self._retention.prune()
+        self.problem = ""
         for producer in producers(self.directory):
             try:
                 batch = self._read(producer, limit)
             except OSError as error:
-                problem = f"{error.filename or self.directory / 'producers' / producer}: {error.strerror}"
+                self._note(producer, error)
                 continue
             before = self._cursors.get(producer, Cursor())
             if batch.frames or batch.damages or batch.finished or batch.cursor.segment > before.segment:
                 yield batch
-        self.problem = problem
+
+    def _note(self, producer: str, error: OSError) -> None:
+        self.problem = f"{error.filename or self.directory / 'producers' / producer}: {error.strerror}"
 
     def account(self, batch: Batch, delivery: Delivery) -> None:
         """Count a delivered batch, once, and move its cursor's memory of open calls."""
@@ -157,6 +169,10 @@ class Consumer:
             cursor.sequence = batch.frames[0].sequence - 1
         for place, frame in enumerate(batch.frames):
             cursor.damaged += damages[place]
+            if not frame.sequence:
+                totals.interrupted += 1
+                is_open.pop(identifier(frame), None)
+                continue
             if frame.sequence <= cursor.sequence:
                 continue  # written again after a failed fsync
             gap = frame.sequence - cursor.sequence - 1
@@ -202,7 +218,8 @@ class Consumer:
             replace_file(self.directory / "dead" / name, damage.content)
         origins = dead_letters.read_origins(self.directory / "producers" / batch.producer)
         for letter in delivery.dead:
-            dead_letters.bury(self.directory, batch.producer, letter.frame, letter.reason, origins)
+            if letter.frame.sequence:
+                dead_letters.bury(self.directory, batch.producer, letter.frame, letter.reason, origins)
         self._cursors[batch.producer] = batch.cursor
         self._save()
         folder = self.directory / "producers" / batch.producer
@@ -221,6 +238,22 @@ class Consumer:
             if cursor is not None:
                 batch.cursor.open.remove(call)
                 cursor.open.append(call)
+
+    def make_up(self, batch: Batch) -> None:
+        """Write the responses of calls that a producer which is gone has left open: the batch is not its last, then.
+
+        What the disk does not take now waits for the next time: to deliver the others' frames makes room.
+        """
+        batch.finished = False
+        seed = frames.seed_of(batch.producer)
+        content = b"".join(frames.encode(_interrupted(call), seed) for call in batch.cursor.open)
+        folder = self.directory / "producers" / batch.producer
+        try:
+            replace_file(folder / f"{batch.cursor.segment + 1:010}.seg", content)
+        except OSError as error:
+            self._note(batch.producer, error)
+        else:
+            batch.full = True
 
     def _discard(self, segment: Path) -> None:
         if self._retention:
@@ -294,6 +327,18 @@ class Consumer:
         reserve_space(self._state)
 
 
+def _interrupted(call: str) -> Frame:
+    """Return the response of a call whose gateway process died before its end."""
+    metadata = {
+        "request_id": call,
+        "created_at": time.time_ns() // 1000,
+        "status": "interrupted",
+        "attempt_count": 0,
+        "payload_size": 0,
+    }
+    return Frame(Kind.RESPONSE, 0, orjson.dumps(metadata), b"")
+
+
 def _call_of_response(frame: Frame) -> str:
     """Return the call that a response which cannot be stored belongs to, an empty text where it does not say."""
     try:
@@ -319,7 +364,7 @@ def read_state(directory: Path) -> tuple[Totals, dict[str, Cursor]]:
 
 
 def sequences(folder: Path, cursor: Cursor) -> Iterator[int]:
-    """Yield the sequence numbers of the whole frames in a producer's folder, from a cursor on."""
+    """Yield the sequence numbers of the producer's own whole frames in its folder, from a cursor on."""
     seed = frames.seed_of(folder.name)
     for number, file in segments(folder):
         if number < cursor.segment:
@@ -331,7 +376,7 @@ def sequences(folder: Path, cursor: Cursor) -> Iterator[int]:
         except FileNotFoundError:  # delivered meanwhile
             continue
         for found, _behind in frames.decode(data, complete=False, seed=seed):
-            if isinstance(found, Frame):
+            if isinstance(found, Frame) and found.sequence:
                 yield found.sequence
 
 

@@ -4,8 +4,9 @@ A frame is a header and a body. The header (24 bytes, big-endian): magic `LS`, f
 the frame within its producer (8 bytes), body length (4), CRC-32 of the header up to here (4), CRC-32 of the body (4).
 The body is the length of the metadata (4 bytes), the metadata as a JSON object, and the payload's bytes as they came.
 
-Sequence numbers count what the producer wanted to write: a gap is what it had to drop. The header's own CRC lets a
-reader trust a length before it has read the body, so that a damaged body costs one frame and no more.
+Sequence numbers count what the producer wanted to write: a gap is what it had to drop, and 0 what the writer made up.
+The header's own CRC lets a reader trust a length before it has read the body, so that a damaged body costs one frame
+and no more.
 
 Both CRCs start from a seed that only the spool knows (the name of the producer's folder). A payload is what a client
 sent: bytes in it that look like a frame are none, however the file around them was damaged.

@@ -12,8 +12,9 @@
       retired/<uuid>/             delivered segments, for `spool.retain` seconds (retention.py)
       acknowledged.json           losses that an operator knows of (status.py)
 
-A producer only appends; the writer only reads and unlinks. What counts as delivered is what the database committed:
-the writer moves its cursor behind it, durably, and then retires the segments that lie before the cursor.
+A producer only appends; the writer only reads and unlinks, and adds a last segment once the process is gone. What
+counts as delivered is what the database committed: the writer moves its cursor behind it, durably, and then retires the
+segments that lie before the cursor.
 """
 
 import contextlib

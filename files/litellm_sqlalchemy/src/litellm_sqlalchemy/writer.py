@@ -10,13 +10,12 @@ import socket
 import threading
 import time
 
-import orjson
 from sqlalchemy import event
 
 from litellm_sqlalchemy.consumer import Batch, Consumer
 from litellm_sqlalchemy.database import ErrorClass, make_engine
 from litellm_sqlalchemy.errors import LogError
-from litellm_sqlalchemy.frames import Frame, Kind
+from litellm_sqlalchemy.frames import Frame
 from litellm_sqlalchemy.monitoring import Health, Monitor
 from litellm_sqlalchemy.retention import Retention
 from litellm_sqlalchemy.settings import Settings
@@ -86,7 +85,7 @@ class Writer:
                 return False
             more |= batch.full
         if self.health.spool(self._consumer.problem) and self._consumer.problem:
-            _log.error("cannot read %s; the others' frames go on", self._consumer.problem)
+            _log.error("cannot go on with %s; the others' frames are delivered", self._consumer.problem)
         return more
 
     def _ask(self) -> None:
@@ -118,17 +117,14 @@ class Writer:
         if batch.finished:
             self._consumer.hand_back(batch)
         if batch.finished and batch.cursor.open:
-            made_up = self._persist([_interrupted(call) for call in batch.cursor.open])
-            if made_up is None:
-                return False
-            self._consumer.totals.interrupted += made_up.inserted + made_up.duplicates  # again after a crash
-            batch.cursor.open = []
+            self._consumer.make_up(batch)
         if not self._retire(batch, delivery):
             return False
         self._monitor.delivered(len(batch.frames), time.perf_counter() - started)
         self._asked_at = time.monotonic()
         for letter in delivery.dead:
-            _log.error("dead letter %s-%d: %s", batch.producer, letter.frame.sequence, letter.reason)
+            what = "dead letter" if letter.frame.sequence else "response to an interrupted call"
+            _log.error("%s %s-%d: %s", what, batch.producer, letter.frame.sequence, letter.reason)
         return True
 
     def _retire(self, batch: Batch, delivery: Delivery) -> bool:
@@ -194,18 +190,6 @@ class Writer:
         self._retention.prune()
         if self.health.retired(self._retention.problem) and self._retention.problem:
             _log.error("cannot remove a delivered segment: %s; the others are removed", self._retention.problem)
-
-
-def _interrupted(call: str) -> Frame:
-    """Return the response of a call whose gateway process died before its end."""
-    metadata = {
-        "request_id": call,
-        "created_at": time.time_ns() // 1000,
-        "status": "interrupted",
-        "attempt_count": 0,
-        "payload_size": 0,
-    }
-    return Frame(Kind.RESPONSE, 0, orjson.dumps(metadata), b"")
 
 
 def notify(state: str) -> None:

@@ -159,3 +159,29 @@ def test_a_database_that_is_away_ends_the_replay(
     assert len(sizes) == 10
     server.start()
     assert replay(deployment.load(), since).present == 2 * CALLS
+
+
+@pytest.mark.parametrize("lost", ["before the end", "after the end"])
+def test_interrupted_calls_come_back(
+    lost: str, deployment: Deployment, database: Database, writer: WriterProcess
+) -> None:
+    """What the writer made up is kept like what the gateway wrote, whether the database took it or not."""
+    writer.start()
+    producer, ledger, since = Producer(deployment.load().spool), Ledger(), time.time()
+    ledger.send(producer, CALLS)
+    for call in (uuid7().hex, uuid7().hex):
+        ledger.append(producer, Kind.REQUEST, call, request(call), BODY)
+    wait_until(lambda: spool_status(deployment.spool).delivered_requests == CALLS + 2, "the requests are delivered")
+    if lost == "after the end":
+        producer.close()
+        wait_until(lambda: spool_status(deployment.spool).interrupted == 2, "their end is noticed")
+    database.execute("TRUNCATE requests, responses, daily_usage")
+    producer.close()
+    wait_until(lambda: not list((deployment.spool / "producers").iterdir()), "the producer's folder is removed")
+    done = deployment.run("status")
+    assert (done.returncode, f"0 responses are stored of {CALLS + 2}" in done.stdout) == (1, True)
+    result = replay(deployment.load(), since)
+    assert (result.restored, result.refused) == (2 * CALLS + 4, 0)
+    assert deployment.run("status").returncode == 0
+    assert database.value("SELECT count(*) FROM responses WHERE status = 'interrupted'") == 2
+    check(ledger, database, deployment.spool)

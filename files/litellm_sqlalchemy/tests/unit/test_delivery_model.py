@@ -27,13 +27,21 @@ from litellm_sqlalchemy.frames import Damage, Frame, Kind
 from litellm_sqlalchemy.identifiers import uuid7
 from litellm_sqlalchemy.producer import Producer
 from litellm_sqlalchemy.settings import Settings, SpoolSettings
+from litellm_sqlalchemy.spool import replace_file
 from litellm_sqlalchemy.status import spool_status
 from litellm_sqlalchemy.writer import Writer
 
 #: Thousands of fsyncs are cheap in memory only.
 MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
 PICKS = st.integers(0, 5)
-STEPS = ("after the commit", "before the state is saved", "after the state is saved", "before the folder is removed")
+STEPS = (
+    "after the commit",
+    "before responses are made up",
+    "after responses are made up",
+    "before the state is saved",
+    "after the state is saved",
+    "before the folder is removed",
+)
 
 
 class Delivery(RuleBasedStateMachine):
@@ -147,6 +155,8 @@ class Delivery(RuleBasedStateMachine):
             consumer.account = crashing(consumer.account, before=True)
         elif step == "before the folder is removed":
             consumer._remove = crashing(consumer._remove, before=True)
+        elif step.endswith("made up"):
+            consumer.make_up = crashing(consumer.make_up, before=step.startswith("before"))
         else:
             consumer._save = crashing(consumer._save, before=step.startswith("before"))
         try:
@@ -270,3 +280,49 @@ def test_a_removed_folder_whose_directory_cannot_be_synced_at_once(
     consumer.retire(batch, delivery)
     assert consumer.cursors() == {}
     consumer.close()
+
+
+def test_made_up_responses_wait_for_room_and_keep_no_others_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill_up(file: Path, content: bytes, *, reserved: bool = False) -> None:
+        if file.suffix == ".seg":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace_file(file, content, reserved=reserved)
+
+    machine = Delivery()
+    shutil.rmtree(machine.directory)
+    machine.directory = tmp_path
+    gone, other = (Producer(SpoolSettings(directory=tmp_path)) for _ in range(2))
+    call = uuid7().hex
+    machine.ledger.append(gone, Kind.REQUEST, call, request(call), BODY)
+    machine.ledger.send(other, 3)
+    gone.close()
+    with monkeypatch.context() as patch:
+        patch.setattr("litellm_sqlalchemy.consumer.replace_file", fill_up)
+        writer = machine._writer(1000)
+        for _ in range(2):
+            assert not writer.drain_once(), "it does not try without a pause"
+            assert "No space left on device" in writer.health.problem()[1]
+        writer._consumer.close()
+    assert judge(machine.ledger, machine.store.rows, tmp_path).interrupted == 0
+    other.close()
+    machine._drain()
+    assert judge(machine.ledger, machine.store.rows, tmp_path).interrupted == 1
+    assert not producers(tmp_path)
+
+
+def test_a_process_may_leave_more_calls_open_than_a_batch_holds(tmp_path: Path) -> None:
+    machine = Delivery()
+    shutil.rmtree(machine.directory)
+    machine.directory = tmp_path
+    producer = Producer(SpoolSettings(directory=tmp_path))
+    for _ in range(10):
+        call = uuid7().hex
+        machine.ledger.append(producer, Kind.REQUEST, call, request(call), BODY)
+    producer.close()
+    for step in STEPS:
+        machine.drain_and_die(step, 3)
+    machine._drain()
+    assert judge(machine.ledger, machine.store.rows, tmp_path).interrupted == 10
+    assert not producers(tmp_path)
