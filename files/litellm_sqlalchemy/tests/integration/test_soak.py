@@ -53,20 +53,23 @@ class Faults:
 
     def __init__(self, server: Server, deployment: Deployment, proxy: FaultProxy, writer: WriterProcess) -> None:
         self.server, self.deployment, self.proxy, self.writer = server, deployment, proxy, writer
-        self.seen: dict[str, int] = {}
-        self.senders: list[tuple[subprocess.Popen[bytes], Path]] = []
-        self.ballast = deployment.spool / "ballast"
-
-    def inject(self, source: random.Random) -> None:
-        """Do one of them."""
-        faults: list[Callable[[], None]] = [
+        self.kinds: list[Callable[[], None]] = [
             self.reset, self.reset, self.reset, self.slow, self.mend, self.mend, self.partition,
             self.kill_writer, self.stop_writer, self.restart_server,
             self.kill_server, self.kill_gateway, self.kill_gateway, self.terminate_backends,
             self.fill_disk, self.rotate_password, self.requeue,
         ]  # fmt: skip
+        self.dealt: list[Callable[[], None]] = []
+        self.seen: dict[str, int] = {}
+        self.senders: list[tuple[subprocess.Popen[bytes], Path]] = []
+        self.ballast = deployment.spool / "ballast"
+
+    def inject(self, source: random.Random) -> None:
+        """Do one of them; each kind comes before any comes again."""
+        if not self.dealt:
+            self.dealt = source.sample(self.kinds, len(self.kinds))
         self.ballast.unlink(missing_ok=True)
-        fault = source.choice(faults)
+        fault = self.dealt.pop()
         self.seen[fault.__name__] = self.seen.get(fault.__name__, 0) + 1
         fault()
 
@@ -221,6 +224,7 @@ def test_soak(
         f"after, {status.duplicates} delivered again, {status.interrupted} interrupted, {dead} dead and requeued, "
         f"{status.dropped} dropped on a full disk, writer {peak:.0f} MB, faults {faults.seen}, seed {seed}"
     )
+    assert faults.seen.keys() == {kind.__name__ for kind in faults.kinds}, "too few events for all faults"
     assert (status.spooled, status.dead, status.damaged) == (0, 0, 0), f"seed {seed}"
     assert 0 <= status.dropped - ledger.dropped <= len(faults.senders), "a killed sender may not have noted its last"
     assert peak <= 80
