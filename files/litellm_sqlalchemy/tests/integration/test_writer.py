@@ -39,10 +39,8 @@ def test_server_restarts_under_load(harness: Harness) -> None:  # F01
         harness.send(200)
         wait_until(lambda calls=calls: harness.status.delivered_requests > calls - 200, "some of it is delivered")  # type: ignore[misc]
     harness.server.restart()
-    back = time.monotonic()
     harness.send(200)
     wait_until(lambda: harness.status.spooled == 0, "delivered within 5 s after the restart", 5)
-    assert time.monotonic() - back < 5
     harness.settled()
 
 
