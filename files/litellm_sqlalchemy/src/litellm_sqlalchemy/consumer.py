@@ -140,11 +140,6 @@ class Consumer:
 
         A producer whose files cannot be read keeps none of the others back; `problem` tells of it.
         """
-        problem = ""
-
-
-        if self._retention:
-            self._retention.prune()
         self.problem = ""
         for producer in producers(self.directory):
             try:

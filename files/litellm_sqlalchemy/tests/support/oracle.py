@@ -88,7 +88,7 @@ def dead(spool: Path) -> set[Record]:
 
 
 def spooled(spool: Path) -> set[Record]:
-    """Return the records in the spool's segments behind the writer's cursor."""
+    """Return the records of producers in the spool's segments behind the writer's cursor."""
     result = set()
     _, cursors = read_state(spool)
     for producer in producers(spool):
@@ -98,7 +98,7 @@ def spooled(spool: Path) -> set[Record]:
                 continue
             data = file.read_bytes()[cursor.offset if number == cursor.segment else 0 :]
             for frame, _ in frames.decode(data, complete=False, seed=frames.seed_of(producer)):
-                if isinstance(frame, Frame):
+                if isinstance(frame, Frame) and frame.sequence:
                     result.add((frame.kind, identifier(frame)))
     return result
 
