@@ -21,6 +21,9 @@ from litellm_sqlalchemy.settings import Settings
 AddVerb = Callable[[str, Callable[[Settings, argparse.Namespace], int], str], argparse.ArgumentParser]
 
 _UNITS = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+_AGO = re.compile(r"(\d+)([mhdw])")
+#: What a UUIDv7 can be made of, and what is an hour before or after it.
+_YEARS = (1970, 9998)
 #: Columns of `calls` that a table for people has room for.
 _CALL_COLUMNS = (
     "created_at", "id", "status", "status_code", "model", "key_alias", "user_id", "total_tokens", "cost", "duration_ms"
@@ -70,16 +73,23 @@ def moment(value: str) -> datetime:
 
     Days and weeks are whole ones (UTC), today's included: `1d` is since midnight.
     """
-    if match := re.fullmatch(r"(\d+)([mhdw])", value):
-        now, ago = datetime.now(UTC), timedelta(**{_UNITS[match[2]]: int(match[1])})
-        if match[2] in "mh":
-            return now - ago
-        return now.replace(hour=0, minute=0, second=0, microsecond=0) - max(ago - timedelta(days=1), timedelta())
     try:
-        result = datetime.fromisoformat(value)
+        result = _ago(int(match[1]), match[2]) if (match := _AGO.fullmatch(value)) else datetime.fromisoformat(value)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{value!r} is neither like 24h or 7d nor an ISO date or time") from None
+    except OverflowError:
+        result = datetime.min
+    if not _YEARS[0] <= result.year <= _YEARS[1]:
+        raise argparse.ArgumentTypeError(f"{value!r} is not in the years {_YEARS[0]} to {_YEARS[1]}")
     return result if result.tzinfo else result.replace(tzinfo=UTC)
+
+
+def _ago(count: int, unit: str) -> datetime:
+    """Raise OverflowError where no date is that far away."""
+    now, ago = datetime.now(UTC), timedelta(**{_UNITS[unit]: count})
+    if unit in "mh":
+        return now - ago
+    return now.replace(hour=0, minute=0, second=0, microsecond=0) - max(ago - timedelta(days=1), timedelta())
 
 
 def _dimensions(value: str) -> list[str]:

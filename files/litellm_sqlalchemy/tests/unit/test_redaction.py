@@ -278,10 +278,10 @@ def test_metadata_stays_json_whatever_a_shape_takes(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(redaction, "_has_a_trace", always)
     monkeypatch.setattr(redaction, "_SECRETS", [(always, re.compile(rb'greedy[^"]*"?'), b"[redacted]")])
     written: list[bytes] = []
-    producer: Any = SimpleNamespace(append=lambda _kind, text, _payload: written.append(text))
+    producer: Any = SimpleNamespace(append=lambda _kind, text, _payload, **_: written.append(text))
     settings = Settings.model_validate({"database": {"host": "x"}, "spool": {"directory": tmp_path}})
     metadata = {"user_agent": "a greedy one", "tags": ["greedy", "b"], "calls": 1}
-    Recorder(settings, producer).write(Kind.RESPONSE, "full", metadata, None, b"")
+    Recorder(settings, producer).write(Kind.RESPONSE, "full", metadata, None, b"", accepted=True)
     [text] = written
     assert orjson.loads(text) == {"user_agent": "a [redacted]", "tags": ["[redacted]", "b"], "calls": 1}
 

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -69,3 +69,14 @@ def test_reasons_of_dead_letters(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     settings: Any = Namespace(spool=Namespace(directory=None))
     cli._dead_letters(settings, Namespace(action="list", json=False, id=[]))
     assert capsys.readouterr().out == f"p-1  request   {_SHOWN}\n"
+
+
+@pytest.mark.parametrize("value", ["0001-01-01", "9999-12-31T23:59:59", "9999999d", "99999999999999w", "1969-12-31"])
+def test_a_moment_that_no_call_can_have(value: str) -> None:
+    with pytest.raises(ArgumentTypeError, match=f"'{value}' is not in the years 1970 to 9998"):
+        reports.moment(value)
+
+
+@pytest.mark.parametrize("value", ["1970-01-01", "9998-12-31", "1m", "24h", "7d", "2w"])
+def test_a_moment_that_a_call_can_have(value: str) -> None:
+    assert reports.moment(value).tzinfo
