@@ -147,10 +147,12 @@ def test_a_realtime_session(gateway: Gateway, gateway_database: Database) -> Non
 
 
 def test_a_flood_of_bad_keys(gateway: Gateway, gateway_database: Database) -> None:
+    """A row each for a burst of 100, then for 10 a second; a few more stand for those that have none."""
+    began = time.monotonic()
     _rejected(gateway.url, 300, "flood")
     wait_until(lambda: _counted(gateway_database, "flood")[1] == 300, "every rejected call is counted", timeout=5)
     rows, _, responses = _counted(gateway_database, "flood")
-    assert rows == responses < 200
+    assert rows == responses <= 100 + 10 * (time.monotonic() - began) + 10
 
 
 def test_database_down(gateway: Gateway, gateway_database: Database, upstream: Upstream, server: Server) -> None:
