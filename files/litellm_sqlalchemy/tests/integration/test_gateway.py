@@ -18,7 +18,7 @@ from support.clients import Clients
 from support.gateway import Gateway
 from support.keys import MASTER_KEY, OPAQUE_KEY, PROVIDER_KEY, USER_KEY
 from support.postgresql import Database, Server
-from support.processes import Deployment, WriterProcess
+from support.processes import Deployment, WriterProcess, resources_of
 from support.upstream import COMPLETION_TOKENS, PROMPT_TOKENS, TEXT, Upstream
 from support.waiting import wait_until
 from websockets.sync.client import connect
@@ -153,6 +153,45 @@ def test_a_flood_of_bad_keys(gateway: Gateway, gateway_database: Database) -> No
     wait_until(lambda: _counted(gateway_database, "flood")[1] == 300, "every rejected call is counted", timeout=5)
     rows, _, responses = _counted(gateway_database, "flood")
     assert rows == responses <= 100 + 10 * (time.monotonic() - began) + 10
+
+
+def test_calls_leave_nothing_behind(gateway: Gateway, gateway_database: Database, upstream: Upstream) -> None:
+    """Neither tasks nor file descriptors nor threads; idle connections to the provider are kept for a while."""
+    idle = 8
+
+    def held() -> tuple[int, ...]:
+        assert gateway.process is not None
+        return (gateway.state()["tasks"], *resources_of(gateway.process.pid))
+
+    _mixed(gateway, gateway_database, 200, "warm-up")
+    tasks, descriptors, _ = held()
+    with ThreadPoolExecutor(20) as pool, upstream.holding():
+        waiting = [pool.submit(Clients(gateway.url, f"open-{number}", upstream).chat, "held") for number in range(20)]
+        for _ in waiting:
+            upstream.wait_for_held()
+        busy = held()
+    for one in waiting:
+        one.result()
+    assert (busy[0] > tasks + idle, busy[1] > descriptors + idle) == (True, True), "calls that go on are seen"
+    before = held()
+    _mixed(gateway, gateway_database, 400, "more")
+    wait_until(
+        lambda: all(now <= then + idle for now, then in zip(held(), before, strict=True)), f"about what was: {before}"
+    )
+
+
+def _mixed(gateway: Gateway, database: Database, count: int, call_id: str) -> None:
+    """Make calls that succeed, are streamed and fail; return when all are stored."""
+    kinds = ((_body(), 200), (_body(stream=True), 200), (_body("error-500"), 500))
+
+    def call(number: int) -> None:
+        body, status = kinds[number % len(kinds)]
+        headers = {"authorization": f"Bearer {USER_KEY}", "x-litellm-call-id": call_id}
+        assert client.post(f"{gateway.url}{_CHAT}", json=body, headers=headers).status_code == status
+
+    with httpx.Client(timeout=60) as client, ThreadPoolExecutor(8) as pool:
+        list(pool.map(call, range(count)))
+    wait_until(lambda: _counted(database, call_id) == (count, count, count), "every call is stored", 60)
 
 
 def test_database_down(gateway: Gateway, gateway_database: Database, upstream: Upstream, server: Server) -> None:

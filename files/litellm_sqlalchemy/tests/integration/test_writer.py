@@ -289,13 +289,14 @@ def test_connections_are_reset_again_and_again(proxy: FaultProxy, harness: Harne
     before = harness.writer.resources()
     host, port = harness.deployment.content["writer"]["listen"].split(":")
     with socket.create_connection((host, int(port))):
-        wait_until(lambda: harness.writer.resources() > before, "a connection is seen")
+        wait_until(lambda: harness.writer.resources().descriptors > before.descriptors, "a connection is seen")
+        wait_until(lambda: harness.writer.resources().threads > before.threads, "and the thread that serves it")
     for number in range(15):
         harness.send(60)
         wait_until(lambda number=number: harness.status.delivered_requests > 60 * number, "some of it is delivered")  # type: ignore[misc]
         proxy.reset()
     harness.settled()
-    wait_until(lambda: harness.writer.resources() <= before, "no file descriptor and no thread is left over")
+    wait_until(lambda: harness.writer.resources().within(before), "no file descriptor and no thread is left over")
 
 
 def test_session_is_ended_in_the_middle_of_a_batch(harness: Harness) -> None:

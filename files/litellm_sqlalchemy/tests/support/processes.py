@@ -10,7 +10,7 @@ import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -110,6 +110,23 @@ class Deployment:
         )
 
 
+class Resources(NamedTuple):
+    """How many file descriptors and threads a process has."""
+
+    descriptors: int
+    threads: int
+
+    def within(self, other: "Resources") -> bool:
+        """Return whether there are no more of either than in `other`."""
+        return self.descriptors <= other.descriptors and self.threads <= other.threads
+
+
+def resources_of(process: int) -> Resources:
+    """Return what a process holds."""
+    place = Path(f"/proc/{process}")
+    return Resources(len(list((place / "fd").iterdir())), len(list((place / "task").iterdir())))
+
+
 class WriterProcess:
     """`litellm-sqlalchemy write` of a deployment; what it says goes to a log file."""
 
@@ -167,11 +184,10 @@ class WriterProcess:
         lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
         return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) / 1024
 
-    def resources(self) -> tuple[int, int]:
-        """Return how many file descriptors and threads the process has."""
+    def resources(self) -> Resources:
+        """Return what the process holds."""
         assert self.process is not None
-        place = Path(f"/proc/{self.process.pid}")
-        return len(list((place / "fd").iterdir())), len(list((place / "task").iterdir()))
+        return resources_of(self.process.pid)
 
     def _get(self, path: str) -> bytes:
         address = self.deployment.content["writer"]["listen"]
