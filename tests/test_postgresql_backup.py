@@ -233,14 +233,24 @@ def test_only_backups_that_lead_to_the_present_are_restored(monkeypatch, backups
 def test_the_history_of_the_timeline_that_is_promoted_gets_archived_once(tmp_path):
     state = tmp_path / "pg_wal/archive_status"
     state.mkdir(parents=True)
-    restore._announce_timeline(tmp_path)  # restored of a dump: the first timeline has none
+    restore.announce_timeline(tmp_path)  # restored of a dump: the first timeline has none
     for name in ("00000002.history", "0000000A.history", "0000000A0000000000000003"):
         (tmp_path / "pg_wal" / name).touch()
-    restore._announce_timeline(tmp_path)
+    restore.announce_timeline(tmp_path)
     assert [file.name for file in state.iterdir()] == ["0000000A.history.ready"]
     (state / "0000000A.history.ready").rename(state / "0000000A.history.done")
-    restore._announce_timeline(tmp_path)
+    restore.announce_timeline(tmp_path)
     assert [file.name for file in state.iterdir()] == ["0000000A.history.done"]
+
+
+def test_a_timeline_that_an_earlier_version_promoted_gets_archived_too(monkeypatch, tmp_path):
+    (tmp_path / "pg_wal/archive_status").mkdir(parents=True)
+    (tmp_path / "pg_wal/00000002.history").touch()
+    monkeypatch.setattr(Settings, "data", tmp_path)
+    monkeypatch.setattr(base, "prepare", lambda _: False)
+    monkeypatch.setattr(base, "check_repositories", lambda _: [])
+    cli._prepare(Settings([], [], {}), SimpleNamespace())
+    assert (tmp_path / "pg_wal/archive_status/00000002.history.ready").exists()
 
 
 @pytest.mark.parametrize(

@@ -314,6 +314,7 @@ def _report(settings: Settings, options: argparse.Namespace) -> int:
 def _prepare(settings: Settings, options: argparse.Namespace) -> int:
     made = base.prepare(settings)
     repositories = base.check_repositories(settings)
+    restore.announce_timeline(settings.data)  # of a promotion by an earlier version, which did not
     print(json.dumps({"changed": made or bool(repositories), "tables": made, "repositories": repositories}))
     return ExitCode.OK
 

@@ -451,7 +451,7 @@ class Promotion:
             shutil.rmtree(self._cluster.etc)
         with acting_as("postgres"):
             _forget_recovery(self._settings.data / "postgresql.auto.conf")
-            _announce_timeline(self._settings.data)
+            announce_timeline(self._settings.data)
 
     def start(self) -> None:
         """Start it in its place."""
@@ -511,7 +511,7 @@ def _newest_history(data: Path) -> Path | None:
     return max((data / "pg_wal").glob("????????.history"), default=None)
 
 
-def _announce_timeline(data: Path) -> None:
+def announce_timeline(data: Path) -> None:
     """Have the timeline's history archived: the server does so at the end of recovery only, which did not archive.
 
     Without it a restore follows the timeline that was left, and the next promotion takes this one's number again.
