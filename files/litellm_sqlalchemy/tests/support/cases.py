@@ -401,9 +401,6 @@ CASES = (
         lambda c: _generate(c, "backed-up:generateContent"), _generated("backed-up:generateContent"),
         {**_BRIDGED, "attempt_count": 2, "attempts": attempts(("deployment-backed-up", "APIConnectionError"))},
     ),
-    Case("pass-through", "pass-through", lambda c: c.post("/pass", {"note": c.call_id}), _PASS_REQUEST, _PASSED),
-
-
     Case("pass-through", "pass-through", lambda c: c.post("/pass", {"note": c.prompt}), _PASS_REQUEST, _PASSED),
     Case(
         "pass-through-stream", "pass-through, streamed (the stream itself is kept)",
