@@ -467,12 +467,13 @@ class Promotion:
     def adopt(self) -> None:
         """Let the repositories take WAL of a cluster that was made of a dump: it has another system identifier.
 
-        Any other begins a base backup; that one lacks the markers' database until site.yml has made it.
+        Any other begins a base backup; that one lacks the markers' database until site.yml has made it. So it is with a
+        repository that is still to be made, as on a host that was lost: the server archives nothing before.
         """
-        held = {int(database["system-id"]) for database in base.info(self._settings).get("db", [])}
-        if held and self._identifier not in held:
+        databases = base.info(self._settings).get("db", [])
+        if databases and self._identifier not in {int(database["system-id"]) for database in databases}:
             run(["pgbackrest", f"--stanza={self._settings.stanza}", "stanza-upgrade"], user="postgres")
-        else:
+        elif {database["repo-key"] for database in databases} >= set(self._settings.repositories):
             run(["systemctl", "start", "--no-block", _BASE_UNIT])
 
     def finish(self) -> None:
