@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from support.fakes import POISON, CrashError, FakeStore, crashing, kill
 from support.oracle import judge, tampered
 from support.records import BODY, Ledger, request, response
@@ -45,13 +45,18 @@ STEPS = (
 
 
 class Delivery(RuleBasedStateMachine):
-    """Any number of producers, one writer at a time, one store."""
+    """Any number of producers, one writer at a time, one store.
+
+    Frames are dropped or damaged, never both: what is missing between two whole frames counts as damaged where any of
+    it is, and `damaged` and `dropped` are then right together only.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.directory = Path(tempfile.mkdtemp(prefix="spool-", dir=MEMORY))
         self.store = FakeStore()
         self.ledger = Ledger()
+        self.damages = True  # or caps, at which frames are dropped
         self.damaged = 0
         self.producers: dict[Producer, list[str]] = {}
         self.unnoted = False  # rows may be there that the writer had no time to count
@@ -66,13 +71,15 @@ class Delivery(RuleBasedStateMachine):
         assert not producers(self.directory), "folders of producers that are gone are removed"
         shutil.rmtree(self.directory)
 
-    @initialize()
-    def first(self) -> None:
+    @initialize(damages=st.booleans())
+    def first(self, damages: bool) -> None:
+        self.damages = damages
         self.start_producer(None, 4096)
 
     @rule(cap=st.sampled_from([None, 6_000]), segment=st.sampled_from([4096, 8 * 1024 * 1024]))
     def start_producer(self, cap: int | None, segment: int) -> None:
         if len(self.producers) < 3:
+            cap = None if self.damages else cap
             spool = SpoolSettings(directory=self.directory, max_size=cap, segment_size=segment)
             self.producers[Producer(spool)] = []
 
@@ -108,6 +115,7 @@ class Delivery(RuleBasedStateMachine):
         del self.producers[producer]
         producer.close()
 
+    @precondition(lambda self: self.damages)
     @rule(pick=PICKS, cut=st.integers(1, 60))
     def kill_producer_in_a_write(self, pick: int, cut: int) -> None:
         """The last frame reaches the disk in part, as a power cut may leave it."""
@@ -125,9 +133,13 @@ class Delivery(RuleBasedStateMachine):
             self.ledger.received += 1
             self.damaged += 1
 
+    @precondition(lambda self: self.damages)
     @rule(place=st.integers(0, len(BODY) - 1))
     def damage(self, place: int) -> None:
-        """One byte of a payload changes, of a frame that is nowhere else yet."""
+        """One byte of a payload changes, of a frame that is nowhere else yet.
+
+        Never of the last one: with the part of another behind it, it would be one damage, and nobody could count two.
+        """
         if self.unnoted:
             return
         for name in producers(self.directory):
@@ -136,7 +148,8 @@ class Delivery(RuleBasedStateMachine):
                 content = bytearray(file.read_bytes())
                 start = cursor.offset if int(file.stem) == cursor.segment else 0
                 position = content.find(BODY, start)
-                if int(file.stem) >= cursor.segment and position >= 0:
+                is_last = content.find(BODY, position + len(BODY)) < 0
+                if int(file.stem) >= cursor.segment and position >= 0 and not is_last:
                     content[position + place] ^= 1
                     file.write_bytes(content)
                     self.damaged += 1
