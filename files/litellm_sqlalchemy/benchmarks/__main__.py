@@ -45,7 +45,8 @@ class Figure(NamedTuple):
         limits = [f"{sign} {limit:g}" for sign, limit in ((">=", self.least), ("<=", self.most)) if limit is not None]
         text = ", ".join(part for part in (*limits, self.aim) if part)
         error = "" if self.error is None else f"+-{self.error:.{self.digits}f}"
-        return f"{self.name:<66} {self.value:>12.{self.digits}f}{error:<9} {text}{'' if self.is_kept else '  MISSED'}"
+        line = f"{self.name:<66} {self.value:>12.{self.digits}f}{error:<9} {text}{'' if self.is_kept else '  MISSED'}"
+        return line.rstrip()
 
 
 def main() -> int:
