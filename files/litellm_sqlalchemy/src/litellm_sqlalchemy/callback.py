@@ -116,8 +116,9 @@ class RequestLogger(CustomLogger):
     ) -> None:
         """One attempt at one deployment has failed."""
         call = current_call.get()
-        is_own = call is not None and not call.is_foreign(text(request_data.get("litellm_call_id")))
-        if call is not None and is_own and not _is_health_check(call):
+        if call is None or _is_health_check(call):
+            return
+        if not call.is_foreign(text(request_data.get("litellm_call_id"))):
             call.attempts = (*call.attempts, _attempt_of(call, request_data, exception))
 
     @_guarded

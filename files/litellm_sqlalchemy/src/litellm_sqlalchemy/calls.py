@@ -199,12 +199,15 @@ class Call:
         """
         if self.done or not self.ended_at or not self.noticed:
             return
-        failed = self.failed or (self.status_code or 0) >= 400
+        failed = self._has_failed()
         answered = self.event.get("status") == "success"
         if answered or self.interrupted or (failed and (self.attempts or not self.accepted)):
             self.finish()
         else:
             self._finish_in(_LATE_EVENT if failed or self._is_untold() else self._recorder.content.event_timeout)
+
+    def _has_failed(self) -> bool:
+        return self.failed or (self.status_code or 0) >= 400
 
     def _is_untold(self) -> bool:
         """Return whether LiteLLM has told all that it will by the event of another call."""
@@ -226,8 +229,7 @@ class Call:
         self._recorder.hooks.calls += 1
         if self._timer is not None:
             self._timer.cancel()
-        failed = self.failed or (self.status_code or 0) >= 400
-        if self.inner and self.event.get("status") != "success" and (self._is_untold() or not failed):
+        if self.inner and self.event.get("status") != "success" and (self._is_untold() or not self._has_failed()):
             self.event = self.inner
         if self.accepted or self.event.get("status") == "success":
             self.write()
@@ -311,7 +313,6 @@ class Call:
     def _request_payload(self) -> tuple[bytes, bool]:
         """Return the body, of a form its fields without the files; and whether it is only a beginning."""
         kind = self.content_type.lower()
-        content, truncated = self.request.content(), self.request.truncated
         if kind.startswith(b"multipart/"):
             fields = {
                 name: value
@@ -319,6 +320,8 @@ class Call:
                 if isinstance(value, str | int | float | bool) and name != "litellm_call_id"
             }
             content, truncated = orjson.dumps(fields), False
+        else:
+            content, truncated = self.request.content(), self.request.truncated
         if self.rejected and len(content) > _REJECTED_SIZE:
             content, truncated = content[:_REJECTED_SIZE], True
         if content and kind.startswith(_FORM) and not content.startswith(_JSON):
