@@ -16,13 +16,12 @@ from litellm_sqlalchemy.frames import Frame, body_size
 from litellm_sqlalchemy.retention import delivered_since
 from litellm_sqlalchemy.settings import Settings
 from litellm_sqlalchemy.spool import open_directory
-from litellm_sqlalchemy.store import ANSWER_TIME, Delivery, Store, Unavailable
+from litellm_sqlalchemy.store import ANSWER_TIME, Delivery, Store, Unavailable, retry_delay
 
 #: How the reason of a dead letter says that its request is not there (foreign_key_violation).
 _FOREIGN_KEY = "SQLSTATE 23503"
 #: Attempts at a batch: as many as a thousand frames take to be halved down to one.
 _ATTEMPTS = 10
-_FIRST_DELAY = 0.1
 
 
 @dataclass
@@ -78,14 +77,15 @@ def replay(settings: Settings, since: float) -> Replayed:
 
 def _deliver(store: Store, batch: list[Frame], longest_delay: float) -> Delivery:
     """Store a batch, in smaller parts after an attempt that took too long. Raises Unavailable."""
-    for attempt in range(1, _ATTEMPTS):
+    attempt = 0
+    while True:
+        attempt += 1
         try:
             return store.deliver(batch, give_up_on_unknown=True)
         except Unavailable as error:
-            if error.cause is not ErrorClass.RETRY:
+            if error.cause is not ErrorClass.RETRY or attempt == _ATTEMPTS:
                 raise
-        time.sleep(min(longest_delay, _FIRST_DELAY * 2.0 ** (attempt - 1)))
-    return store.deliver(batch, give_up_on_unknown=True)
+        time.sleep(retry_delay(attempt, longest_delay))
 
 
 def _batches(frames: Iterator[Frame], limit: int) -> Iterator[list[Frame]]:

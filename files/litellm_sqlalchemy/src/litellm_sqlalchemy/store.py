@@ -30,6 +30,8 @@ from litellm_sqlalchemy.redaction import REDACTION_VERSION
 _ERRORS = (DBAPIError, psycopg2.Error, SettingsError, OSError)
 #: Seconds that the server's answer may take beyond `writer.statement_timeout`.
 ANSWER_TIME = 5.0
+#: Seconds after the first attempt at a batch that failed; each further one is followed by twice as many.
+_FIRST_DELAY = 0.1
 _TIMEOUT = "57014"  # query_canceled: what `statement_timeout` ends with
 _DIALECT = postgresql.dialect()  # type: ignore[no-untyped-call]
 
@@ -41,6 +43,11 @@ class Unavailable(Exception):
         """Keep the error's class and its message."""
         super().__init__(message)
         self.cause = cause
+
+
+def retry_delay(attempt: int, limit: float) -> float:
+    """Return how many seconds to wait after an attempt, the first of which is 1: `limit` at most."""
+    return float(min(limit, _FIRST_DELAY * 2.0 ** min(attempt - 1, 16)))
 
 
 class DeadLetter(NamedTuple):

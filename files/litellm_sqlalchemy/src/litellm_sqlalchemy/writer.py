@@ -19,13 +19,12 @@ from litellm_sqlalchemy.frames import Frame
 from litellm_sqlalchemy.monitoring import Health, Monitor
 from litellm_sqlalchemy.retention import Retention
 from litellm_sqlalchemy.settings import Settings
-from litellm_sqlalchemy.store import ANSWER_TIME, Delivery, Store, Unavailable
+from litellm_sqlalchemy.store import ANSWER_TIME, Delivery, Store, Unavailable, retry_delay
 
 _log = logging.getLogger(__name__)
 
 #: Attempts at a batch that fails with an error of no known class, before its rows are tried one by one.
 _UNKNOWN_ATTEMPTS = 5
-_FIRST_DELAY = 0.1
 #: Seconds between attempts where somebody has to mend something first.
 _PAUSE = 5.0
 #: Seconds without anything to deliver after which the database is asked whether it would take it.
@@ -177,7 +176,7 @@ class Writer:
         limit = self._settings.retry_delay_max
         if error.cause in (ErrorClass.PAUSE, ErrorClass.SCHEMA):
             limit = max(limit, _PAUSE)
-        return float(min(limit, _FIRST_DELAY * 2.0 ** min(attempt - 1, 16))) * random.uniform(0.5, 1)
+        return retry_delay(attempt, limit) * random.uniform(0.5, 1)
 
     def _wait(self, seconds: float) -> bool:
         """Wait; return False when the writer shall stop."""
