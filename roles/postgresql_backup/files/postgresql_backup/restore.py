@@ -493,7 +493,8 @@ def promote(settings: Settings, port: int, *, accept_gap: bool = False) -> str:
     )
     return (
         f"The restored cluster is {settings.version}/{settings.cluster} now, and archives again. {kept}\n"
-        "A full base backup has begun (journalctl -u postgresql-backup-base@full); after a dump, site.yml takes it.\n"
+        "A full base backup has begun (journalctl -u postgresql-backup-base@full); after a dump, and where a "
+        "repository is still to be made, site.yml takes it.\n"
         "Next: run site.yml, which puts the present credentials in force, and replay the gateways' spools "
         "(litellm-sqlalchemy replay --since TIME)."
     )
