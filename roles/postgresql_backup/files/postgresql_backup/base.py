@@ -120,11 +120,15 @@ def parse_history(text: str) -> dict[int, int]:
     return {int(words[0]): lsn_number(words[1]) for words in lines}
 
 
+def _newest_databases(stanza: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """Return what pgBackRest says of the newest cluster in each repository that holds one, by the repository's key."""
+    found = sorted(stanza.get("db", []), key=lambda database: int(database["id"]))
+    return {database["repo-key"]: database for database in found}
+
+
 def parse_backups(stanza: dict[str, Any]) -> list[BaseBackup]:
     """Return the backups of a stanza, as `pgbackrest info` has them."""
-    newest: dict[int, int] = {}
-    for database in stanza.get("db", []):
-        newest[database["repo-key"]] = max(database["id"], newest.get(database["repo-key"], 0))
+    newest = {repository: database["id"] for repository, database in _newest_databases(stanza).items()}
     found = [
         BaseBackup(
             label=backup["label"],
@@ -289,10 +293,10 @@ def catch_up(settings: Settings, repository: int) -> str:
     Return what is missing, in words. Nothing is lost by a restore to the newest then, and a time that has just passed
     can be recovered to: recovery ends at the first commit behind it.
     """
-    held = {database["repo-key"]: database["system-id"] for database in info(settings).get("db", [])}
+    held = _newest_databases(info(settings)).get(repository, {}).get("system-id")
     try:
         with session(settings, "postgres") as connection:
-            if int(one(connection, "SELECT system_identifier FROM pg_control_system()")) != held.get(repository):
+            if int(one(connection, "SELECT system_identifier FROM pg_control_system()")) != held:
                 return ""
             rows(connection, "SELECT pg_current_xact_id()")  # a commit
             _archive(connection, "restore")
@@ -348,11 +352,9 @@ def check_repositories(settings: Settings) -> list[str]:
     before = {repository["key"] for repository in info(settings)["repo"] if repository["status"]["code"] == 0}
     with session(settings, settings.bookkeeping) as connection:
         identifier = int(one(connection, "SELECT system_identifier FROM pg_control_system()"))
-    held = {
-        database["repo-key"]: database["system-id"]
-        for database in sorted(info(settings).get("db", []), key=lambda database: int(database["id"]))
-    }
-    for repository, other in held.items():
+    held = _newest_databases(info(settings))
+    for repository, database in held.items():
+        other = database["system-id"]
         if other != identifier:
             raise RefusedError(
                 f"repository {repository} holds the backups of another cluster (system identifier {other}, this "
