@@ -66,4 +66,5 @@ def test_the_reference_is_up_to_date():
 
 @pytest.mark.parametrize("role", ROLES)
 def test_every_role_has_a_readme_of_one_screen(role):
-    assert len((ROOT / "roles" / role / "README.md").read_text().splitlines()) <= 60
+    lines = (ROOT / "roles" / role / "README.md").read_text().splitlines()
+    assert lines[:1] == [f"# {role}"] and 10 <= len(lines) <= 60
