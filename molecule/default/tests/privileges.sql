@@ -65,10 +65,11 @@ WITH grants (object, owner, grantee, privilege, grantable) AS (
     UNION ALL -- system objects that had no privileges to start with, and have some now; everybody reads information_schema
     SELECT 'system ' || x.name, 10, a.grantee, a.privilege_type, a.is_grantable
       FROM (SELECT 'pg_class'::regclass, oid, oid::regclass::text, relacl FROM pg_class
-             WHERE relnamespace = ANY ('{pg_catalog, information_schema}'::regnamespace[])
+             WHERE relnamespace = ANY ('{pg_catalog, information_schema}'::regnamespace[]) AND relacl IS NOT NULL
             UNION ALL
             SELECT 'pg_proc'::regclass, oid, oid::regprocedure::text, proacl FROM pg_proc
-             WHERE pronamespace = ANY ('{pg_catalog, information_schema}'::regnamespace[])) AS x (class, oid, name, acl),
+             WHERE pronamespace = ANY ('{pg_catalog, information_schema}'::regnamespace[]) AND proacl IS NOT NULL
+           ) AS x (class, oid, name, acl),
            aclexplode(x.acl) AS a
      WHERE NOT EXISTS (SELECT FROM pg_init_privs AS i WHERE i.classoid = x.class AND i.objoid = x.oid AND i.objsubid = 0)
        AND NOT (x.name LIKE 'information_schema.%' AND a.grantee = 0 AND a.privilege_type = 'SELECT')
