@@ -23,7 +23,7 @@ _IDENTITY = ("id", "request_id", "created_at", "gateway", "call_id")
 def check(case: Case, gateway: Gateway, database: Database, clients: Clients, began: float) -> None:
     """Compare the rows of a finished call with what the case expects."""
     call_id = clients.told_call_id
-    wait_until(lambda: rows(database, call_id)[1], f"the response of {case.name} is stored", timeout=40)
+    wait_until(lambda: rows(database, call_id)[1], f"the response of {case.name} is stored")
     requests, responses = rows(database, call_id)
     assert (len(requests), len(responses)) == (1, 1)
     request, response = requests[0], responses[0]

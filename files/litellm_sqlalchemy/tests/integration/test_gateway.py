@@ -191,7 +191,7 @@ def _mixed(gateway: Gateway, database: Database, count: int, call_id: str) -> No
 
     with httpx.Client(timeout=60) as client, ThreadPoolExecutor(8) as pool:
         list(pool.map(call, range(count)))
-    wait_until(lambda: _counted(database, call_id) == (count, count, count), "every call is stored", 60)
+    wait_until(lambda: _counted(database, call_id) == (count, count, count), "every call is stored")
 
 
 def test_database_down(gateway: Gateway, gateway_database: Database, upstream: Upstream, server: Server) -> None:

@@ -136,7 +136,7 @@ def test_a_damaged_page_that_new_rows_need_condemns_none(harness: Harness) -> No
     harness.drained()
     with damaged_page(harness.database, "requests", last_page(harness.database, "requests")):
         harness.send(100)
-        harness.degraded("pause", "invalid page in block", timeout=40)
+        harness.degraded("pause", "invalid page in block")
         assert harness.status.dead == 0
     harness.settled()
 
@@ -159,4 +159,4 @@ def test_network_loses_a_third_of_its_packets(tmp_path: Path) -> None:  # F26
                     "some arrive all the same", timeout=240,
                 )  # fmt: skip
             assert far.heal() > 10, "packets were lost"
-            harness.settled(60)
+            harness.settled()

@@ -212,7 +212,7 @@ def test_soak(
     _odd(database, refused=False)
     dead = check(ledger, database, deployment.spool, killed=True).dead
     assert deployment.run("dead-letters", "requeue").stdout == f"{dead} dead letters requeued\n"
-    wait_until(lambda: not list((deployment.spool / "producers").iterdir()), "ended producers leave nothing", 60)
+    wait_until(lambda: not list((deployment.spool / "producers").iterdir()), "ended producers leave nothing")
     status = check(ledger, database, deployment.spool, killed=True)
     assert real.failed == []
     assert len(real.ids) >= _REAL_CALLS

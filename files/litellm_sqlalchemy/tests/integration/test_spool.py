@@ -184,12 +184,12 @@ def test_a_full_disk_drops_and_counts_and_recovers_by_itself(  # F46
     assert files < 30, "no file for every frame that is dropped"
     check(ledger, database, deployment.spool)
     writer.start()
-    wait_until(lambda: spool_status(small_disk).spooled == 0, "the writer makes room on a disk without any", 40)
+    wait_until(lambda: spool_status(small_disk).spooled == 0, "the writer makes room on a disk without any")
     wait_until(lambda: _takes(producer, ledger, large), "the producer looks again")
     dropped = ledger.dropped
     for _ in range(10):
         ledger.send(producer, 5, large)
-        wait_until(lambda: _free_part(small_disk) > 0.1, "delivered segments are not kept on a full disk", 40)
+        wait_until(lambda: _free_part(small_disk) > 0.1, "delivered segments are not kept on a full disk")
     assert ledger.dropped == dropped
     producer.close()
     wait_until(lambda: not list((small_disk / "producers").iterdir()), "all is delivered")
@@ -376,7 +376,7 @@ def test_a_spool_of_many_files_is_not_measured_in_the_request_path(tmp_path: Pat
     assert max(seconds) < 0.01, "one measurement takes longer"
     assert statistics.quantiles(seconds, n=100)[-1] < 0.001
     shutil.rmtree(other)
-    wait_until(lambda: _takes(producer, ledger), "there is room again", 10)
+    wait_until(lambda: _takes(producer, ledger), "there is room again")
     producer.close()
 
 

@@ -48,26 +48,26 @@ class Harness:
         """Append the response of a call."""
         self.ledger.append(self.producer, Kind.RESPONSE, call, response(call), BODY)
 
-    def drained(self, timeout: float = 30) -> None:
+    def drained(self) -> None:
         """Wait until nothing is left in the spool."""
-        wait_until(lambda: self.status.spooled == 0, "the spool is drained", timeout)
+        wait_until(lambda: self.status.spooled == 0, "the spool is drained")
 
-    def degraded(self, cause: str, text: str = "", timeout: float = 20) -> None:
+    def degraded(self, cause: str, text: str = "") -> None:
         """Wait until the writer's health names a cause."""
 
         def seen() -> bool:
             health = self.writer.health()
             return health.get("cause") == cause and text in health["message"]
 
-        wait_until(seen, f"the health names {cause} and {text!r}", timeout)
+        wait_until(seen, f"the health names {cause} and {text!r}")
 
     def check(self, *, killed: bool = False) -> SpoolStatus:
         """Fail where anything is lost, doubled, made up or counted wrongly (`oracle.check`)."""
         return check(self.ledger, self.database, self.deployment.spool, killed=killed)
 
-    def settled(self, timeout: float = 30) -> None:
+    def settled(self) -> None:
         """Everything has arrived, once, and the writer says that all is well."""
-        self.drained(timeout)
+        self.drained()
         status = self.check()
         assert (status.dead, status.damaged, status.dropped, status.spooled) == (0, 0, 0, 0)
         wait_until(lambda: self.writer.health() == {"status": "ok"}, "the writer is well again")

@@ -98,7 +98,7 @@ class Deployment:
         for path in (self.directory, *self.directory.rglob("*")):
             os.chown(path, user, user)
 
-    def run(self, *arguments: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    def run(self, *arguments: str, timeout: float = 180) -> subprocess.CompletedProcess[str]:
         """Run the command to its end."""
         return subprocess.run(
             [*COMMAND, *arguments],
@@ -145,7 +145,7 @@ class WriterProcess:
                 user=user, group=user, extra_groups=None if user is None else [],
             )  # fmt: skip
         if ready:
-            wait_until(lambda: self.health() or self.ended(), "the writer answers", timeout=30)
+            wait_until(lambda: self.health() or self.ended(), "the writer answers")
             assert self.process.poll() is None, self.log.read_text()
         return self
 

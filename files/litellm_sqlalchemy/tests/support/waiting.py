@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 
 
-def wait_until(condition: Callable[[], object], what: str, timeout: float = 20.0, interval: float = 0.02) -> None:
+def wait_until(condition: Callable[[], object], what: str, timeout: float = 90.0, interval: float = 0.02) -> None:
     """Return once `condition` holds; fail with `what` when it does not within `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while not condition():
