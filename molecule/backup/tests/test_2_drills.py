@@ -137,7 +137,7 @@ def test_a_table_that_comes_back_empty_turns_the_drill_of_the_base_backup_red(db
 
 def test_a_killed_drill_is_red_and_leaves_nothing(db):
     db.run("systemctl start --no-block postgresql-backup-drill@base.service")
-    db.run(f"timeout 60 sh -c 'until [ -e {DRILL}/spare/data/base ]; do :; done'")
+    db.run(f"timeout 120 sh -c 'until [ -e {DRILL}/spare/data/base ]; do :; done'")
     db.run("systemctl kill --signal=KILL postgresql-backup-drill@base.service")
     wait_until(lambda: db.run("systemctl show -P ActiveState postgresql-backup-drill@base") == "failed")
     assert set(db.run(f"ls -A {DRILL}").split()) <= {".lock", "base.json", "dump.json"}
@@ -194,7 +194,7 @@ def test_an_interrupted_base_backup_is_never_listed(db):
     before = db.run("postgresql-backup list | grep ^base")
     db.run("systemctl start --no-block postgresql-backup-base@full.service")
     # [b]: without it pgrep finds the shell that waits
-    db.run("timeout 30 sh -c 'until pgrep -u postgres -f \"type=full [b]ackup\"; do :; done'")
+    db.run("timeout 120 sh -c 'until pgrep -u postgres -f \"type=full [b]ackup\"; do :; done'")
     db.try_run(f"systemctl kill --signal=KILL {BASE}; systemctl stop {BASE}")
     assert db.run("postgresql-backup list | grep ^base") == before
     db.run(f"systemctl reset-failed; systemctl start {BASE}")

@@ -56,10 +56,10 @@ promote(load_settings(), 5433)
 
 def test_a_killed_restore_is_not_promoted_and_leaves_nothing(db):
     begun = "until [ -e /var/lib/postgresql/17/restored/base ]; do :; done"
-    db.run(f"setsid postgresql-backup restore > /dev/null & P=$!; timeout 60 sh -c '{begun}'; kill -9 -- -$P")
+    db.run(f"setsid postgresql-backup restore > /dev/null & P=$!; timeout 120 sh -c '{begun}'; kill -9 -- -$P")
     assert "did not come to its end: nothing was promoted" in db.try_run("postgresql-backup promote").stderr
     db.run("postgresql-backup restore --background")  # removes what the killed one left
-    db.run(f"timeout 60 sh -c 'until [ -e /var/lib/postgresql-backup/restored.json ]; do :; done; {begun}'")
+    db.run(f"timeout 120 sh -c 'until [ -e /var/lib/postgresql-backup/restored.json ]; do :; done; {begun}'")
     db.run("systemctl kill --signal=KILL postgresql-backup-restore.service")
     said = json.loads(db.run("postgresql-backup progress --wait 60"))
     assert said["phase"] == "failed"
