@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import CONTAINER
+from conftest import CONTAINER, wait_until
+from podman_pipelined import inside
 
 Run = Callable[..., str]
 Psql = Callable[..., list[list[str]]]
@@ -96,13 +97,6 @@ def show(run: Run, name: str) -> str:
     return run("systemctl", "show", "--value", f"--property={name}", WRITER).strip()
 
 
-def wait_until(condition: Callable[[], object], what: str, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {what}"
-        time.sleep(0.2)
-
-
 @contextmanager
 def overridden(run: Run, *lines: str) -> Iterator[None]:
     """Restart the writer with other settings of its unit, and with its own at the end."""
@@ -121,7 +115,7 @@ def overridden(run: Run, *lines: str) -> Iterator[None]:
 @contextmanager
 def responses_held() -> Iterator[None]:
     """Keep everybody from adding responses while the block runs."""
-    command = f"podman exec --interactive {CONTAINER} runuser -u postgres -- psql -Atq litellm".split()
+    command = [*inside(CONTAINER), "runuser", "-u", "postgres", "--", "psql", "-Atq", "litellm"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as session:
         assert session.stdin is not None
         assert session.stdout is not None

@@ -3,14 +3,13 @@
 import base64
 import hashlib
 import json
-import os
 import re
 import subprocess
 import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import CONTAINER, EPHEMERAL, PROJECT, Run
+from conftest import CONTAINER, Run, ansible
 
 MARK = "/run/poisoned"
 POISON = f"import pathlib; pathlib.Path({MARK!r}).touch()\n"
@@ -45,17 +44,6 @@ def wheel(directory: Path, name: str, files: dict[str, str]) -> Path:
     return path
 
 
-def ansible(playbook: Path | str, **variables: object) -> subprocess.CompletedProcess[str]:
-    command = ["ansible-playbook", "-i", str(EPHEMERAL / "inventory"), str(playbook), "-e", json.dumps(variables)]
-    environment = os.environ | {
-        "ANSIBLE_CONFIG": str(PROJECT / "ansible.cfg"),
-        "ANSIBLE_ROLES_PATH": str(PROJECT / "roles"),
-        "ANSIBLE_VAULT_PASSWORD_FILE": str(PROJECT / "scripts/vault-password"),
-        "ANSIBLE_NOCOLOR": "1",
-    }
-    return subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True)
-
-
 def there(run: Run, path: str) -> bool:
     return run("sh", "-c", '[ -e "$1" ] && echo yes || echo no', "sh", path).strip() == "yes"
 
@@ -75,14 +63,14 @@ def test_a_build_is_refused_before_python_starts_from_it(run: Run, tmp_path: Pat
     playbook.write_text(json.dumps(PLAYBOOK))
     run("mkdir", "-p", WHEELS)
     subprocess.run(["podman", "cp", str(poisoned), f"{CONTAINER}:{WHEELS}/"], check=True)
-    done = ansible(
-        playbook,
-        python_service_directory=TARGET,
-        python_service_requirements=str(lock),
-        python_service_wheels=[str(harmless)],  # a second start of pip, with what came before installed
-        python_service_wheel_directories=[WHEELS],
-        python_service_index_url="",
-    )
+    variables = {
+        "python_service_directory": TARGET,
+        "python_service_requirements": str(lock),
+        "python_service_wheels": [str(harmless)],  # a second start of pip, with what came before installed
+        "python_service_wheel_directories": [WHEELS],
+        "python_service_index_url": "",
+    }
+    done = ansible(str(playbook), "-e", json.dumps(variables))
     releases = run("ls", f"{TARGET}/releases").split()
     run("rm", "-r", TARGET, WHEELS)
     assert done.returncode != 0
