@@ -157,7 +157,7 @@ def drained(run: Run, psql: Psql) -> None:
         status = json.loads(run("litellm-sqlalchemy", "status", "--json", check=False))
         return not status["spooled"] and psql(running) == [["0"]]
 
-    wait_until(is_stored, "all is stored")
+    wait_until(is_stored, "all is stored", 120)
 
 
 @pytest.fixture(scope="module")
