@@ -16,7 +16,7 @@ sys.path.append(str(Path(__file__).parents[1] / "tests"))  # the fault proxy
 from benchmarks import gateway, lookups, storing
 from benchmarks.cluster import Cluster, running_cluster
 
-#: Enough for the hash index not to stand half empty after it has doubled, and for a day's sums to be few.
+#: Enough for a day's sums to be few.
 _STORAGE_PAIRS = 50_000
 #: Pairs that the limits of look-ups are for.
 _LOOKUP_PAIRS = 10_000_000

@@ -14,7 +14,7 @@ from sqlalchemy.dialects import postgresql
 from benchmarks.cluster import Cluster
 from benchmarks.data import MODELS, fill_spool
 from litellm_sqlalchemy.models import Request, Response
-from litellm_sqlalchemy.queries import Selection, last_calls_query, totals_query
+from litellm_sqlalchemy.queries import Selection, has_call_id, last_calls_query, totals_query
 from litellm_sqlalchemy.views import calls_view
 from litellm_sqlalchemy.writer import Writer
 
@@ -78,7 +78,7 @@ def look_ups(cluster: Cluster, repeats: int = 100) -> Iterator[LookUp]:
     calls = calls_view()
     questions: list[tuple[str, Select[Any], float]] = [
         ("a call by its id", calls.where(Request.id == identifier), 0.1),
-        ("a call by LiteLLM's call id", calls.where(Request.call_id == call_id), 0.1),
+        ("a call by LiteLLM's call id", calls.where(*has_call_id(call_id)), 0.1),
         ("last 100", last_calls_query(Selection(), 100), 5),
         ("last 100 of a model", last_calls_query(Selection(model=MODELS[0]), 100), 5),
         ("last 100 of a rare model", last_calls_query(Selection(model=MODELS[-1]), 100), 5),

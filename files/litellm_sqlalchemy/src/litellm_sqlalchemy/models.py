@@ -18,6 +18,7 @@ from sqlalchemy import (
     REAL,
     BigInteger,
     CheckConstraint,
+    ColumnElement,
     Date,
     DateTime,
     Float,
@@ -49,6 +50,14 @@ ORIGINS = ("client", "health_check", "internal")
 #: to which PostgreSQL splits the pages of an index where it grows (nbtsplitloc.c): 33 bytes, not 72. The index on
 #: models has their hash for the same reason.
 KEY_PREFIX_LENGTH = 7
+
+
+def hashed(column: str) -> ColumnElement[int]:
+    """Return the hash of a text column, for a B-tree.
+
+    A hash index (`USING hash`) would walk all entries of a value at each insert of it: clients choose call ids.
+    """
+    return func.hashtextextended(text(column), text("0"))
 
 
 def _one_of(column: str, values: tuple[str, ...]) -> CheckConstraint:
@@ -85,9 +94,9 @@ class Request(Base):
     __table_args__ = (
         _one_of("payload_encoding", PAYLOAD_ENCODINGS),
         _one_of("origin", ORIGINS),
-        Index(None, "call_id", postgresql_using="hash"),
+        Index("ix_requests_call_id_hash", hashed("call_id")),
         Index(None, "created_at", postgresql_using="brin"),
-        Index("ix_requests_model_hash_created_at", func.hashtextextended(text("model"), text("0")), "created_at"),
+        Index("ix_requests_model_hash_created_at", hashed("model"), "created_at"),
         Index("ix_requests_key_prefix_created_at", func.left(text("key_hash"), KEY_PREFIX_LENGTH), "created_at"),
         Index(None, "user_id", "created_at", postgresql_where="user_id IS NOT NULL"),
     )

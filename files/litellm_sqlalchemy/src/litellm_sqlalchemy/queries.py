@@ -110,8 +110,7 @@ class Selection:
         if self.status is not None:
             conditions.append(func.coalesce(Response.status, "running") == self.status)
         if self.model is not None:  # as the index has it
-            zero: ColumnElement[int] = literal_column("0")
-            conditions.append(func.hashtextextended(Request.model, zero) == func.hashtextextended(self.model, zero))
+            conditions.append(_same_hash(Request.model.expression, self.model))
         if self.key is not None:
             conditions.append(
                 func.left(Request.key_hash, literal_column(str(KEY_PREFIX_LENGTH))) == self.key[:KEY_PREFIX_LENGTH]
@@ -169,8 +168,13 @@ def find_calls(connection: Connection, identifier: str, limit: int = 100) -> lis
     by_id = _as_uuid(identifier)
     if by_id is not None and (found := _rows(connection, query.where(Request.id == by_id))):
         return found
-    query = query.where(Request.call_id == identifier).order_by(Request.created_at.desc()).limit(limit)
+    query = query.where(*has_call_id(identifier)).order_by(Request.created_at.desc()).limit(limit)
     return _rows(connection, query)
+
+
+def has_call_id(identifier: str) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
+    """Return what holds for the calls with a LiteLLM call id, by its index."""
+    return _same_hash(Request.call_id.expression, identifier), Request.call_id == identifier
 
 
 def last_calls(connection: Connection, selection: Selection, limit: int = 100) -> list[Row]:
@@ -233,6 +237,12 @@ def errors(connection: Connection, selection: Selection) -> list[Row]:
     """Return how often calls failed, by model, error type and code, the most frequent first."""
     query = count_errors(*ERROR_DIMENSIONS).order_by(literal_column("calls").desc(), *ERROR_DIMENSIONS)
     return _rows(connection, selection.apply(query.where(selection.join())))
+
+
+def _same_hash(column: ColumnElement[Any], value: str) -> ColumnElement[bool]:
+    """Return what an index on a column's hash finds: all that is equal, and what has the same hash by chance."""
+    zero: ColumnElement[int] = literal_column("0")
+    return func.hashtextextended(column, zero) == func.hashtextextended(value, zero)
 
 
 def _rows(connection: Connection, query: Select[Any]) -> list[Row]:

@@ -27,6 +27,7 @@ from litellm_sqlalchemy.database import connection_arguments, make_engine, one_l
 from litellm_sqlalchemy.errors import LockedError, LogError
 from litellm_sqlalchemy.migrate import current, missing_privileges, problem_of
 from litellm_sqlalchemy.models import Request, Response
+from litellm_sqlalchemy.queries import has_call_id
 from litellm_sqlalchemy.settings import Settings, read_key
 from litellm_sqlalchemy.spool import Lock, open_directory, producers
 from litellm_sqlalchemy.status import read_known, spool_status
@@ -401,7 +402,7 @@ class Validation:
         query = (
             select(Request.payload, Response.payload, Request.content_mode)
             .join(Response, Response.request_id == Request.id)
-            .where(Request.call_id == call_id)
+            .where(*has_call_id(call_id))
         )
         with self._connect() as connection:
             row = connection.execute(query).first()

@@ -1,18 +1,22 @@
 """Migrations and models are one schema; privileges are exactly what they should be."""
 
+import secrets
 from contextlib import closing
 
 import psycopg2
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from sqlalchemy import text
 from support.postgresql import Database, Server
 from support.processes import Deployment
 
 from litellm_sqlalchemy.database import connected
 from litellm_sqlalchemy.migrate import PRIVILEGES, config, head, revisions
 from litellm_sqlalchemy.models import Base
+from litellm_sqlalchemy.queries import find_calls
 
 
 def _difference(deployment: Deployment) -> list[object]:
@@ -26,7 +30,7 @@ def test_models_are_what_the_migrations_make(deployment: Deployment) -> None:
 
 
 def test_control_a_column_too_many_is_seen(deployment: Deployment, database: Database) -> None:
-    database.execute("ALTER TABLE requests ADD COLUMN stray text", "DROP INDEX ix_requests_call_id")
+    database.execute("ALTER TABLE requests ADD COLUMN stray text", "DROP INDEX ix_requests_call_id_hash")
     assert len(_difference(deployment)) == 2
 
 
@@ -88,6 +92,38 @@ def test_an_empty_database(server: Server, database: Database, deployment: Deplo
     assert "schema is empty" in done.stdout
     assert deployment.run("migrate").returncode == 0
     assert _difference(deployment) == []
+
+
+def test_calls_of_an_older_schema_are_found(database: Database, deployment: Deployment) -> None:
+    """Whatever their ids are: clients choose them, and they came in under another index."""
+    with connected(deployment.load().database, "migrator", "test") as connection:
+        connection.execute(text("SET ROLE litellm_owner"))
+        command.downgrade(config(connection), "0006")
+        connection.commit()
+    identifiers = [
+        "plain",
+        "",
+        " ",
+        "x" * 512,
+        "\N{GRINNING FACE}" * 512,
+        "%s %% ' \\",
+        "\x01",
+        secrets.token_hex(50_000),
+        None,
+    ]
+    for identifier in identifiers:
+        database.query(
+            "INSERT INTO requests (id, created_at, gateway, origin, calls, call_id, stream, content_mode, "
+            "redaction_version, payload_size) "
+            "VALUES (gen_random_uuid(), now(), '', 'client', 1, %s, false, 'full', 1, 0) RETURNING id",
+            identifier,
+        )
+    assert deployment.run("migrate").stdout == f"schema went from 0006 to {head()}, privileges granted\n"
+    assert _difference(deployment) == []
+    test_privileges_are_exact(database)
+    with connected(deployment.load().database, "reader", "test") as connection:
+        for identifier in identifiers[:-1]:
+            assert [row["call_id"] for row in find_calls(connection, str(identifier))] == [identifier]
 
 
 def test_a_schema_that_is_newer(database: Database, deployment: Deployment) -> None:

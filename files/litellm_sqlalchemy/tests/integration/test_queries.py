@@ -268,15 +268,44 @@ def test_indexes_are_used_without_their_names(reader: Connection) -> None:
         for statement in (
             _literal(queries.last_calls_query(Selection(key=_KEY), 10)),
             _literal(queries.last_calls_query(Selection(model="small"), 10)),
-            "SELECT * FROM calls WHERE call_id = 'first'",
+            _literal(views.calls_view().where(*queries.has_call_id("first"))),
             _literal(queries.last_calls_query(Selection(team="large"), 10)),
         )
     ]
     assert "ix_requests_key_prefix_created_at" in str(plans[0])
     assert "ix_requests_model_hash_created_at" in str(plans[1])
-    assert "ix_requests_call_id" in str(plans[2])
+    assert "ix_requests_call_id_hash" in str(plans[2])
     assert "pk_requests" in str(plans[3])
     assert "Sort" not in str(plans[3]), "a team has no index: its calls are met on the way back in time"
+
+
+def test_a_call_id_that_a_client_always_sends(reader: Connection, database: Database) -> None:
+    """To insert it once more reads no more pages than a new one does, and another one is found by the index."""
+    insert = (
+        "INSERT INTO requests (id, created_at, gateway, origin, calls, stream, content_mode, redaction_version, "
+        "payload_size, call_id) SELECT gen_random_uuid(), now(), '', 'client', 1, false, 'full', 1, 0, "
+    )
+    for call_id in ("'always'", "number::text"):
+        database.execute(f"{insert} {call_id} FROM generate_series(1, 20000) AS number")
+    pages = []
+    for call_id in ("'always'", "'new'"):
+        (((plan,),),) = database.query(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {insert} {call_id}")
+        pages.append(plan["Plan"]["Shared Hit Blocks"] + plan["Plan"]["Shared Read Blocks"])
+    assert pages[0] < pages[1] + 20
+    for statement in ("SELECT 1", "ANALYZE requests"):  # without statistics, and with them
+        database.execute(statement)
+        reader.rollback()
+        assert [row["call_id"] for row in queries.find_calls(reader, "first")] == ["first"]
+        assert reader.scalar(text("SELECT pg_stat_get_xact_numscans('ix_requests_call_id_hash'::regclass)")) == 1
+
+
+@pytest.mark.parametrize("mode", ["force_custom_plan", "force_generic_plan"])
+def test_a_prepared_statement_finds_a_call_id_by_its_index(reader: Connection, mode: str) -> None:
+    reader.execute(text(f"SET enable_seqscan = off; SET plan_cache_mode = {mode}"))
+    same = "hashtextextended(call_id, 0) = hashtextextended($1, 0) AND call_id = $1"
+    reader.execute(text(f"PREPARE find(text) AS SELECT call_id FROM calls WHERE {same}"))
+    assert "ix_requests_call_id_hash" in str(reader.execute(text("EXPLAIN EXECUTE find('first')")).all())
+    assert reader.execute(text("EXECUTE find('first')")).all() == [("first",)]
 
 
 def _literal(query: Any) -> str:
