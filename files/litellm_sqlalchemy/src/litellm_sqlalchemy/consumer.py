@@ -45,6 +45,8 @@ _log = logging.getLogger(__name__)
 
 #: Bytes read from a segment at once; a longer frame doubles it. A batch ends when it holds as much.
 READ_SIZE = 2 * 1024 * 1024
+#: Fields of a cursor that stand apart from the others in the state.
+_LOSSES = ("dropped", "undecided")
 
 
 @dataclass
@@ -52,13 +54,28 @@ class Cursor:
     """How far a producer's frames are delivered.
 
     `sequence` is -1 while nothing is known of the frames before; `damaged` counts damages since the last whole frame.
+    dropped: those of its frames that the totals have as dropped; undecided: frames missing beside damage, but for one
+    for each damage, which the totals have as damaged until the producer's counters tell how many of them it dropped.
     """
 
     segment: int = 1
     offset: int = 0
     sequence: int = 0
     damaged: int = 0
+    dropped: int = 0
+    undecided: int = 0
     open: list[str] = field(default_factory=list)
+
+    def losses(self, lost: int, dropped: int) -> tuple[int, int]:
+        """Return how many frames are damaged and dropped beyond the totals; of damaged ones these may have too many.
+
+        lost: frames behind the cursor that are nowhere; dropped: what the producer's counters say of all its frames.
+        """
+        left = max(dropped - self.dropped, 0)
+        at_end = min(max(left - self.undecided, 0), lost)
+        lost = max(lost, at_end + self.damaged)  # a killed producer may not have counted its last frames
+        found = min(left, self.undecided + lost - self.damaged)
+        return lost - found, found
 
 
 @dataclass
@@ -174,8 +191,10 @@ class Consumer:
             cursor.sequence = frame.sequence
             if cursor.damaged:
                 totals.damaged += gap
+                cursor.undecided += max(gap - cursor.damaged, 0)
             else:
                 totals.dropped += gap
+                cursor.dropped += gap
             cursor.damaged = 0
             if frame.sequence in dead:
                 totals.dead += 1
@@ -189,22 +208,27 @@ class Consumer:
                 totals.delivered_responses += 1
                 is_open.pop(call, None)
         cursor.damaged += damages[len(batch.frames)]
-        if batch.finished:
-            self._account_end(batch)
+        if batch.finished or (cursor.undecided and not cursor.damaged):
+            self._account_losses(batch)
         totals.duplicates += delivery.duplicates
         cursor.open = list(is_open)
 
-    def _account_end(self, batch: Batch) -> None:
-        """Count what a producer that is gone lost at its end, where no frame came after to tell."""
+    def _account_losses(self, batch: Batch) -> None:
+        """Decide what frames beside damage were; count what a producer that is gone lost where no frame came after.
+
+        A living one's counters do not tell while they are ahead of the cursor: it may have dropped later frames.
+        """
         cursor = batch.cursor
         counters = read_counters(self.directory / "producers" / batch.producer)
         lost = max(counters.received - max(cursor.sequence, 0), 0)
-        if cursor.damaged:
-            self.totals.damaged += max(lost, cursor.damaged)  # a killed producer may not have counted its last frames
-        else:
-            self.totals.dropped += lost
+        if lost and not batch.finished:
+            return
+        damaged, dropped = cursor.losses(lost, counters.dropped)
+        self.totals.damaged += damaged
+        self.totals.dropped += dropped
         cursor.sequence += lost
-        cursor.damaged = 0
+        cursor.dropped += dropped
+        cursor.damaged = cursor.undecided = 0
 
     def retire(self, batch: Batch, delivery: Delivery) -> None:
         """Remember, durably, that an accounted batch is delivered; then remove what is no longer needed."""
@@ -314,10 +338,10 @@ class Consumer:
         return True
 
     def _save(self) -> None:
-        content = {
-            "totals": asdict(self.totals),
-            "producers": {producer: asdict(cursor) for producer, cursor in self._cursors.items()},
-        }
+        cursors = {producer: asdict(cursor) for producer, cursor in self._cursors.items()}
+        # Apart: an older package refuses a cursor with fields that it does not know; what stands here it forgets.
+        losses = {producer: {name: cursor.pop(name) for name in _LOSSES} for producer, cursor in cursors.items()}
+        content = {"totals": asdict(self.totals), "producers": cursors, "losses": losses}
         replace_file(self._state, orjson.dumps(content), reserved=True)
         reserve_space(self._state)
 
@@ -347,7 +371,8 @@ def read_state(directory: Path) -> tuple[Totals, dict[str, Cursor]]:
     file = directory / STATE_FILE
     try:
         content: dict[str, Any] = orjson.loads(file.read_bytes())
-        cursors = {producer: Cursor(**cursor) for producer, cursor in content["producers"].items()}
+        losses = content.get("losses", {})
+        cursors = {name: Cursor(**cursor, **losses.get(name, {})) for name, cursor in content["producers"].items()}
         hooks = HookTimes(**content["totals"].pop("hooks", {}))
         return Totals(**content["totals"], hooks=hooks), cursors
     except FileNotFoundError:

@@ -147,13 +147,13 @@ class Producer:
     def append(self, kind: Kind, metadata: bytes, payload: bytes = b"", *, accepted: bool = True) -> bool:
         """Append one frame, of a call that was accepted or not; return whether it stands in the spool."""
         with self._guard:
-            self.counters.received += 1
-            frame = Frame(kind, self.counters.received, metadata, payload)
+            frame = Frame(kind, self.counters.received + 1, metadata, payload)
             try:
                 self._append(frames.encode(frame, self._seed), accepted)
             except (OSError, SpoolError) as error:
                 self._drop(error)
                 return False
+            self.counters.received += 1  # not before: what is counted and neither there nor dropped is lost by the disk
         if not self._dirty.is_set():  # to set it again takes longer than to look
             self._dirty.set()
         return True
@@ -295,6 +295,7 @@ class Producer:
         self._sealed.append(segment)
 
     def _drop(self, error: OSError | SpoolError) -> None:
+        self.counters.received += 1
         self.counters.dropped += 1
         self._note(error, "events are dropped and counted")
         self._write_counters()

@@ -77,10 +77,9 @@ def spool_status(directory: Path) -> SpoolStatus:
         highest[producer.name] = max(producer.sequences, default=delivered)
         spooled += waiting
         missing = max(max(producer.received, highest[producer.name]) - delivered - waiting, 0)
-        if cursor and cursor.damaged:
-            damaged += max(missing, cursor.damaged)
-        else:
-            dropped += missing
+        more_damaged, more_dropped = (cursor or Cursor()).losses(missing, producer.dropped)
+        damaged += more_damaged
+        dropped += more_dropped
     dead = sum(1 for _ in directory.glob("dead/*.json"))  # requeued ones have gone back to what is received
     delivered = totals.delivered_requests + totals.delivered_responses
     return SpoolStatus(
@@ -99,10 +98,11 @@ def spool_status(directory: Path) -> SpoolStatus:
 
 
 class _Seen(NamedTuple):
-    """A producer's folder: frames that it wanted to write, those that stand there, the last one before those."""
+    """A producer's folder: frames that it wanted to write and dropped, those that are there, the last before those."""
 
     name: str
     received: int
+    dropped: int
     sequences: set[int]
     before: int
 
@@ -113,9 +113,10 @@ def _look(folder: Path, cursor: Cursor | None) -> _Seen:
         numbers = [number for number, _file in segments(folder)]
         found = set(sequences(folder, cursor or Cursor()))
     except FileNotFoundError:  # all is delivered, and the producer gone
-        return _Seen(folder.name, received, set(), 0)
+        return _Seen(folder.name, received, 0, set(), 0)
+    dropped = read_counters(folder).dropped  # after the frames: what was dropped between them is counted by then
     is_whole = cursor is not None or numbers[:1] == [1]
-    return _Seen(folder.name, received, found, 0 if is_whole else min(found, default=1) - 1)
+    return _Seen(folder.name, received, dropped, found, 0 if is_whole else min(found, default=1) - 1)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ of the integration tests looks at every state that has settled.
 """
 
 import errno
+import json
 import os
 import random
 import shutil
@@ -14,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import Phase, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from support.fakes import POISON, CrashError, FakeStore, crashing, kill
 from support.oracle import judge, tampered
 from support.records import BODY, Ledger, request, response
@@ -45,18 +46,13 @@ STEPS = (
 
 
 class Delivery(RuleBasedStateMachine):
-    """Any number of producers, one writer at a time, one store.
-
-    Frames are dropped or damaged, never both: what is missing between two whole frames counts as damaged where any of
-    it is, and `damaged` and `dropped` are then right together only.
-    """
+    """Any number of producers, one writer at a time, one store."""
 
     def __init__(self) -> None:
         super().__init__()
         self.directory = Path(tempfile.mkdtemp(prefix="spool-", dir=MEMORY))
         self.store = FakeStore()
         self.ledger = Ledger()
-        self.damages = True  # or caps, at which frames are dropped
         self.damaged = 0
         self.producers: dict[Producer, list[str]] = {}
         self.unnoted = False  # rows may be there that the writer had no time to count
@@ -71,15 +67,13 @@ class Delivery(RuleBasedStateMachine):
         assert not producers(self.directory), "folders of producers that are gone are removed"
         shutil.rmtree(self.directory)
 
-    @initialize(damages=st.booleans())
-    def first(self, damages: bool) -> None:
-        self.damages = damages
+    @initialize()
+    def first(self) -> None:
         self.start_producer(None, 4096)
 
     @rule(cap=st.sampled_from([None, 6_000]), segment=st.sampled_from([4096, 8 * 1024 * 1024]))
     def start_producer(self, cap: int | None, segment: int) -> None:
         if len(self.producers) < 3:
-            cap = None if self.damages else cap
             spool = SpoolSettings(directory=self.directory, max_size=cap, segment_size=segment)
             self.producers[Producer(spool)] = []
 
@@ -95,6 +89,15 @@ class Delivery(RuleBasedStateMachine):
                 producer.skip()
                 self.ledger.received += 1
                 self.ledger.dropped += 1
+
+    @rule(pick=PICKS)
+    def drop_a_frame(self, pick: int) -> None:
+        """Of a producer that has a folder: who is killed before that leaves no counters."""
+        producer = self._producer(pick)
+        if producer._folder is not None:
+            producer.skip()
+            self.ledger.received += 1
+            self.ledger.dropped += 1
 
     @rule(pick=PICKS)
     def end_calls(self, pick: int) -> None:
@@ -115,7 +118,6 @@ class Delivery(RuleBasedStateMachine):
         del self.producers[producer]
         producer.close()
 
-    @precondition(lambda self: self.damages)
     @rule(pick=PICKS, cut=st.integers(1, 60))
     def kill_producer_in_a_write(self, pick: int, cut: int) -> None:
         """The last frame reaches the disk in part, as a power cut may leave it."""
@@ -133,7 +135,6 @@ class Delivery(RuleBasedStateMachine):
             self.ledger.received += 1
             self.damaged += 1
 
-    @precondition(lambda self: self.damages)
     @rule(place=st.integers(0, len(BODY) - 1))
     def damage(self, place: int) -> None:
         """One byte of a payload changes, of a frame that is nowhere else yet.
@@ -216,6 +217,111 @@ class Delivery(RuleBasedStateMachine):
 
 TestDelivery = Delivery.TestCase
 TestDelivery.settings = settings(max_examples=25, stateful_step_count=25, phases=[Phase.explicit, Phase.generate])
+
+
+@given(
+    fates=st.text("wxyd", max_size=12).filter(lambda fates: set(fates) & set("wxy")),
+    limit=st.integers(1, 4),
+    segment=st.sampled_from([4096, 8 * 1024 * 1024]),
+)
+@example(fates="wxxdwdw", limit=1, segment=4096)
+@settings(max_examples=50, deadline=None)
+def test_dropped_and_damaged_frames_are_told_apart_at_any_time(fates: str, limit: int, segment: int) -> None:
+    machine = Delivery()
+    producer = Producer(SpoolSettings(directory=machine.directory, segment_size=segment))
+    _write(machine, producer, fates)
+    producer.close()
+    while producers(machine.directory):
+        writer = machine._writer(limit)
+        writer.drain_once()
+        writer._consumer.close()
+        judge(machine.ledger, machine.store.rows, machine.directory, damaged=machine.damaged)
+    machine.teardown()
+
+
+def _write(machine: Delivery, producer: Any, fates: str) -> None:
+    """Have a producer's frames written (w), lost with their neighbours in one damage (x), alone (y) or dropped (d)."""
+    for fate in fates:
+        call = uuid7().hex
+        frame = Frame(Kind.REQUEST, 0, request(call), BODY)
+        if fate == "d":
+            producer.skip()
+            machine.ledger.received += 1
+            machine.ledger.dropped += 1
+        else:
+            machine.ledger.append(producer, Kind.REQUEST, call, frame.metadata, BODY)
+        if fate in "xy":
+            size = frames.body_size(frame) + (frames.HEADER_SIZE if fate == "x" else 0)
+            with (producer._folder / f"{producer._number:010}.seg").open("r+b") as file:
+                file.seek(producer._segment.size - size)
+                file.write(bytes(size))
+            machine.damaged += 1
+
+
+def test_the_totals_of_a_living_process_tell_too_once_its_counters_do(tmp_path: Path) -> None:
+    machine = Delivery()
+    shutil.rmtree(machine.directory)
+    machine.directory = tmp_path
+    producer = Producer(SpoolSettings(directory=tmp_path))
+    for fates, damaged, dropped in (
+        ("wxdxwd", 3, 0),  # the last frame that is counted is none that was delivered: what was dropped may be behind
+        ("w", 2, 2),
+        ("xxw", 4, 2),
+        ("xdxwy", 7, 2),  # the last damage is part of a gap that has no end yet
+        ("w", 7, 3),
+    ):
+        _write(machine, producer, fates)
+        machine.drain()
+        totals, _ = read_state(tmp_path)
+        assert (totals.damaged, totals.dropped) == (damaged, dropped), fates
+    producer.close()
+
+
+@pytest.mark.parametrize("fates", ["wd", "wxwd"])
+def test_a_frame_that_is_torn_behind_a_dropped_one_is_one_more(fates: str, tmp_path: Path) -> None:
+    machine = Delivery()
+    shutil.rmtree(machine.directory)
+    machine.directory = tmp_path
+    producer = Producer(SpoolSettings(directory=tmp_path))
+    machine.producers[producer] = []
+    _write(machine, producer, fates)
+    machine.kill_producer_in_a_write(0, 30)
+    machine._drain()
+    assert judge(machine.ledger, machine.store.rows, tmp_path, damaged=machine.damaged).damaged == machine.damaged
+
+
+def test_the_state_is_an_older_packages_too(tmp_path: Path) -> None:
+    """It knows these fields of a cursor, and leaves out the rest of the state when it writes."""
+    known = {"segment", "offset", "sequence", "damaged", "open"}
+    machine = Delivery()
+    shutil.rmtree(machine.directory)
+    machine.directory = tmp_path
+    producer = Producer(SpoolSettings(directory=tmp_path))
+    _write(machine, producer, "wdwxdwd")
+    machine._drain()
+    content = json.loads((tmp_path / "state.json").read_bytes())
+    assert [cursor.keys() for cursor in content["producers"].values()] == [known]
+    (tmp_path / "state.json").write_text(json.dumps({name: content[name] for name in ("totals", "producers")}))
+    producer.close()
+    machine._drain()
+    status = spool_status(tmp_path)
+    assert (status.received, status.damaged, status.dropped) == (7, 2, 2), "a gap beside damage, as that one counts it"
+
+
+def test_a_frame_that_a_killed_process_was_to_write_is_lost_by_no_disk(tmp_path: Path) -> None:
+    """The first one: the folder has counters before it has a segment."""
+    machine = Delivery()
+    shutil.rmtree(machine.directory)
+    machine.directory = tmp_path
+    producer: Any = Producer(SpoolSettings(directory=tmp_path))
+    producer._enter = crashing(producer._enter, before=False)
+    with pytest.raises(CrashError):
+        producer.append(Kind.REQUEST, request(uuid7().hex))
+    kill(producer)
+    assert judge(machine.ledger, [], tmp_path).received == 0
+    machine._drain()
+    assert judge(machine.ledger, [], tmp_path).received == 0
+    assert not producers(tmp_path)
 
 
 def _delivered_twice(directory: Path, *, idempotent: bool) -> tuple[Ledger, FakeStore]:
