@@ -16,7 +16,7 @@ from litellm_sqlalchemy.frames import Frame, body_size
 from litellm_sqlalchemy.retention import delivered_since
 from litellm_sqlalchemy.settings import Settings
 from litellm_sqlalchemy.spool import open_directory
-from litellm_sqlalchemy.store import ANSWER_TIME, Delivery, Store, Unavailable, retry_delay
+from litellm_sqlalchemy.store import Delivery, Store, Unavailable, retry_delay
 
 #: How the reason of a dead letter says that its request is not there (foreign_key_violation).
 _FOREIGN_KEY = "SQLSTATE 23503"
@@ -54,7 +54,7 @@ def replay(settings: Settings, since: float) -> Replayed:
     It goes past the writer, whose counters know these frames already, and may run beside it.
     """
     engine = make_engine(settings.database, "writer", "replay", statement_timeout=settings.writer.statement_timeout)
-    store, result = Store(engine, settings.writer.statement_timeout + ANSWER_TIME), Replayed()
+    store, result = Store(engine, settings.writer.statement_timeout), Replayed()
     directory = open_directory(settings.spool.directory)
     frames = delivered_since(directory, since)
     try:

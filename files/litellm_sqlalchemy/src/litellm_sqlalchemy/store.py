@@ -7,6 +7,7 @@ PostgreSQL cannot hold is halved until that row stands alone: its neighbours lan
 that takes longer than its time limit goes in smaller ones.
 """
 
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ from litellm_sqlalchemy.redaction import REDACTION_VERSION
 #: What a database, or the way to it, raises; SettingsError: the credential file is gone or being replaced.
 _ERRORS = (DBAPIError, psycopg2.Error, SettingsError, OSError)
 #: Seconds that the server's answer may take beyond `writer.statement_timeout`.
-ANSWER_TIME = 5.0
+_ANSWER_TIME = 5.0
 #: Seconds after the first attempt at a batch that failed; each further one is followed by twice as many.
 _FIRST_DELAY = 0.1
 _TIMEOUT = "57014"  # query_canceled: what `statement_timeout` ends with
@@ -76,20 +77,21 @@ class Store:
     def __init__(
         self,
         engine: Engine,
-        time_limit: float = 70,
+        statement_timeout: float = 60,
         before: Callable[[], None] = lambda: None,
         committed: Callable[[float], None] = lambda _seconds: None,
     ) -> None:
-        """Take the engine whose login may insert, and the seconds after which a transaction is given up.
+        """Take the engine whose login may insert, and the timeout in seconds that its statements have.
 
         `before` is called before each transaction and may raise, `committed` with the seconds of each COMMIT.
         """
         self.engine = engine
-        self._time_limit = time_limit
+        self._statement_timeout = statement_timeout
+        self._time_limit = statement_timeout + _ANSWER_TIME
         self._before = before
         self._committed = committed
         self._tables_checked = False
-        self._at_once: int | None = None  # frames of a transaction, after one took too long
+        self._at_once = sys.maxsize  # frames of a transaction, fewer after one that took too long
 
     def deliver(self, frames: list[Frame], *, give_up_on_unknown: bool = False) -> Delivery:
         """Store a batch; return when every frame is stored or known to be impossible. Raises Unavailable.
@@ -99,7 +101,7 @@ class Store:
         self._tables_checked = False
         result, place = Delivery(), 0
         while place < len(frames):
-            part = frames[place : place + (self._at_once or len(frames))]
+            part = frames[place : place + self._at_once]
             started = time.monotonic()
             try:
                 result += self._deliver(part, give_up_on_unknown)
@@ -109,8 +111,8 @@ class Store:
                     self._at_once = max(len(part) // 2, 1)
                 raise
             place += len(part)
-            if self._at_once and time.monotonic() - started < self._time_limit / 4:
-                self._at_once = 2 * self._at_once if 2 * self._at_once < len(frames) else None
+            if len(part) == self._at_once and time.monotonic() - started < self._statement_timeout / 4:
+                self._at_once *= 2
         return result
 
     def check_connection(self) -> None:

@@ -19,7 +19,7 @@ from litellm_sqlalchemy.frames import Frame
 from litellm_sqlalchemy.monitoring import Health, Monitor
 from litellm_sqlalchemy.retention import Retention
 from litellm_sqlalchemy.settings import Settings
-from litellm_sqlalchemy.store import ANSWER_TIME, Delivery, Store, Unavailable, retry_delay
+from litellm_sqlalchemy.store import Delivery, Store, Unavailable, retry_delay
 
 _log = logging.getLogger(__name__)
 
@@ -49,9 +49,7 @@ class Writer:
         self._consumer = Consumer(settings.spool.directory, self._retention)
         self.health = Health()
         self._monitor = Monitor(settings, self._consumer, self.health, self.engine)
-        self._store = Store(
-            self.engine, settings.writer.statement_timeout + ANSWER_TIME, self._go_on, self._monitor.committed
-        )
+        self._store = Store(self.engine, settings.writer.statement_timeout, self._go_on, self._monitor.committed)
         event.listen(self.engine, "connect", lambda *_: self._monitor.connected())
         self._asked_at = 0.0
 

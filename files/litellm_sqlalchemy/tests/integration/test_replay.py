@@ -125,7 +125,7 @@ def test_batches_have_an_end_in_bytes(
 
 
 def test_a_slow_database_gets_smaller_batches(
-    deployment: Deployment, database: Database, writer: WriterProcess, monkeypatch: pytest.MonkeyPatch
+    deployment: Deployment, database: Database, writer: WriterProcess
 ) -> None:
     writer.start()
     producer, ledger, since = Producer(deployment.load().spool), Ledger(), time.time()
@@ -136,7 +136,6 @@ def test_a_slow_database_gets_smaller_batches(
         "CREATE FUNCTION idle() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN PERFORM pg_sleep(0.05); RETURN NEW; END$$",
         "CREATE TRIGGER idle BEFORE INSERT ON requests FOR EACH ROW EXECUTE FUNCTION idle()",
     )
-    monkeypatch.setattr("litellm_sqlalchemy.replay.ANSWER_TIME", 0.5)
     deployment.update(writer={"statement_timeout": 1})  # 20 requests
     result = replay(deployment.load(), since)
     assert (result.seen, result.restored + result.present, result.refused) == (4 * CALLS, 4 * CALLS, 0)
