@@ -64,9 +64,10 @@ class Writer:
         _log.info("delivering from %s", self._consumer.directory)
         try:
             while not self._stop.is_set():
-                if not self.drain_once():
+                if self.drain_once():
+                    self._prune()
+                elif self._wait(self._settings.batch_delay):
                     self._ask()
-                    self._wait(self._settings.batch_delay)
         finally:
             notify("STOPPING=1")
             self._monitor.stop()
@@ -76,7 +77,6 @@ class Writer:
     def drain_once(self) -> bool:
         """Deliver one batch of each producer; return whether any was full, so that more is waiting."""
         more = False
-        self._prune()
         for batch in self._consumer.batches(self._settings.batch_size):
             if not self._deliver(batch):
                 return False
@@ -118,7 +118,6 @@ class Writer:
         if not self._retire(batch, delivery):
             return False
         self._monitor.delivered(len(batch.frames), time.perf_counter() - started)
-        self._asked_at = time.monotonic()
         for letter in delivery.dead:
             what = "dead letter" if letter.frame.sequence else "response to an interrupted call"
             _log.error("%s %s-%d: %s", what, batch.producer, letter.frame.sequence, letter.reason)
@@ -140,6 +139,8 @@ class Writer:
 
     def _persist(self, frames: list[Frame]) -> Delivery | None:
         """Store frames, again and again until the database takes them; return None when told to stop before that."""
+        if not frames:
+            return Delivery()  # which tells nothing about the database
         attempt = unknown = 0
         while True:
             try:
@@ -157,6 +158,7 @@ class Writer:
                 if attempt:
                     _log.info("delivering again after %d failed attempts", attempt)
                 self.health.database(None)
+                self._asked_at = time.monotonic()
                 return delivery
 
     def _message_of(self, error: Unavailable) -> str:

@@ -1,0 +1,64 @@
+"""The writer in an outage of its database."""
+
+import socket
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.fakes import FakeStore
+from support.records import Ledger
+
+from litellm_sqlalchemy.consumer import producers
+from litellm_sqlalchemy.database import ErrorClass
+from litellm_sqlalchemy.producer import Producer
+from litellm_sqlalchemy.settings import Settings
+from litellm_sqlalchemy.writer import Writer
+
+
+def _settings(directory: Path, **database: Any) -> Settings:
+    (directory / "spool").mkdir()
+    (directory / "writer.json").write_text('{"user": "w", "password": "p"}')
+    content = {
+        "database": {"host": "127.0.0.1", "credentials_directory": directory, **database},
+        "spool": {"directory": directory / "spool"},
+        "writer": {"listen": None},
+    }
+    return Settings.model_validate(content)
+
+
+def test_an_outage_is_not_over_because_a_gateway_process_has_ended(tmp_path: Path) -> None:
+    """What it leaves is a folder without a frame, for which the database is not asked."""
+    settings = _settings(tmp_path)
+    writer, producer = Writer(settings), Producer(settings.spool)
+    Ledger().send(producer, 1)
+    writer._store = FakeStore()  # type: ignore[assignment]
+    writer.drain_once()
+    writer.health.database(ErrorClass.RETRY, "no answer")
+    producer.close()
+    writer.drain_once()
+    assert not producers(settings.spool.directory)
+    assert writer.health.problem() == ("retry", "no answer")
+    writer._consumer.close()
+
+
+def test_the_database_is_not_asked_by_a_writer_that_shall_stop(tmp_path: Path) -> None:
+    """Behind a network that swallows all it would be a long while before there is no answer."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(20)
+        settings = _settings(
+            tmp_path, port=server.getsockname()[1], sslmode="disable", channel_binding="disable", connect_timeout=2
+        )
+        producer = Producer(settings.spool)
+        Ledger().send(producer, 1)
+        writer = Writer(settings)
+        thread = threading.Thread(target=writer.run)
+        thread.start()
+        with server.accept()[0]:  # the batch is under way
+            writer.stop()
+            thread.join(20)
+        assert not thread.is_alive()
+        server.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            server.accept()
+        producer.close()
