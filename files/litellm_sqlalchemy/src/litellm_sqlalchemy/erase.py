@@ -23,6 +23,7 @@ from litellm_sqlalchemy.database import connected
 from litellm_sqlalchemy.dead_letters import read_letters
 from litellm_sqlalchemy.errors import SettingsError
 from litellm_sqlalchemy.frames import Frame
+from litellm_sqlalchemy.retention import is_retired, open_segments
 from litellm_sqlalchemy.settings import Settings
 from litellm_sqlalchemy.spool import open_directory
 from litellm_sqlalchemy.usage import forget_user
@@ -181,35 +182,18 @@ class _Place:
 def _segments(directory: Path) -> Iterator[tuple[BinaryIO, list[_Place]]]:
     """Yield every segment of the spool, the retired ones included, with its frames."""
     _totals, cursors = read_state(directory)
-    live = {(file.parent.name, file.name) for file in directory.glob("producers/[!.]*/*.seg")}
-    # After the live ones: a segment that is retired meanwhile is found here.
-    retired = {(file.parent.name, file.name) for file in directory.glob("retired/*/*.seg")}
-    for producer, name in sorted(live | retired):
-        opened = _open(directory, producer, name)
-        if opened is None:
-            continue
-        with opened as file:
-            data = file.read()
-            cursor, number = cursors.get(producer, Cursor(segment=0)), int(Path(name).stem)
-            is_behind = (producer, name) in retired or number < cursor.segment
-            delivered = len(data) if is_behind else cursor.offset if number == cursor.segment else 0
-            places = []
-            for found, end in frames.decode(data, complete=False, seed=frames.seed_of(producer)):
-                if isinstance(found, Frame):
-                    start = end - frames.body_size(found)
-                    content = _metadata(found)
-                    places.append(_Place(start, end, _call(content), _users(content), end <= delivered))
-            yield file, places
-
-
-def _open(directory: Path, producer: str, name: str) -> BinaryIO | None:
-    """Open a segment where it stands now; None when it is gone."""
-    for folder in ("producers", "retired"):
-        try:
-            return (directory / folder / producer / name).open("r+b")
-        except FileNotFoundError:
-            continue
-    return None
+    for segment, file in open_segments(directory, "r+b"):
+        data, producer, number = file.read(), segment.parent.name, int(segment.stem)
+        cursor = cursors.get(producer, Cursor(segment=0))
+        is_behind = is_retired(segment) or number < cursor.segment
+        delivered = len(data) if is_behind else cursor.offset if number == cursor.segment else 0
+        places = []
+        for found, end in frames.decode(data, complete=False, seed=frames.seed_of(producer)):
+            if isinstance(found, Frame):
+                start = end - frames.body_size(found)
+                content = _metadata(found)
+                places.append(_Place(start, end, _call(content), _users(content), end <= delivered))
+        yield file, places
 
 
 def _metadata(frame: Frame) -> dict[str, Any]:

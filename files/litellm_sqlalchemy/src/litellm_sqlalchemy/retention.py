@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO, Literal
 
 from litellm_sqlalchemy import frames
 from litellm_sqlalchemy.frames import Frame
@@ -95,6 +96,7 @@ class Retention:
 
     def _note_removed(self, until: float) -> None:
         with contextlib.suppress(OSError):  # a disk without an inode left: a replay then tells less
+            until = max(until, removed_until(self._spool))
             if not self._directory.is_dir():
                 make_directory(self._directory)
             os.close(make_file(self._directory / _REMOVED, os.O_WRONLY))
@@ -118,20 +120,31 @@ def delivered_since(directory: Path, since: float) -> Iterator[Frame]:
 
     What is not delivered yet is among it: to store it twice changes nothing.
     """
-    live = {(file.parent.name, file.name): file for file in directory.glob("producers/[!.]*/*.seg")}
-    # After the live ones: a segment that is retired meanwhile is found here.
-    retired = {(file.parent.name, file.name): file for file in directory.glob("retired/*/*.seg")}
-    for producer, name in sorted(live.keys() | retired.keys()):
-        file = directory / "retired" / producer / name
-        try:
-            if (producer, name) in live and not file.exists():
-                data = live[producer, name].read_bytes()
-            elif file.stat().st_mtime < since:
-                continue
-            else:
-                data = file.read_bytes()
-        except FileNotFoundError:  # pruned meanwhile
+    for segment, file in open_segments(directory, "rb"):
+        if is_retired(segment) and os.fstat(file.fileno()).st_mtime < since:
             continue
-        for found, _behind in frames.decode(data, complete=False, seed=frames.seed_of(producer)):
+        for found, _behind in frames.decode(file.read(), complete=False, seed=frames.seed_of(segment.parent.name)):
             if isinstance(found, Frame):
                 yield found
+
+
+def open_segments(directory: Path, mode: Literal["rb", "r+b"]) -> Iterator[tuple[Path, BinaryIO]]:
+    """Yield every segment of the spool, each open and with the place that it was found at; some may be retired."""
+    live = {(file.parent.name, file.name) for file in directory.glob("producers/[!.]*/*.seg")}
+    # After the live ones: a segment that is retired meanwhile is found here.
+    retired = {(file.parent.name, file.name) for file in directory.glob("retired/*/*.seg")}
+    for producer, name in sorted(live | retired):
+        for folder in ("producers", "retired"):  # where it goes, too, in this order
+            segment = directory / folder / producer / name
+            try:
+                file: BinaryIO = segment.open(mode)
+            except FileNotFoundError:  # retired or pruned meanwhile
+                continue
+            with file:
+                yield segment, file
+            break
+
+
+def is_retired(segment: Path) -> bool:
+    """Return whether a segment was found among those that are delivered."""
+    return segment.parent.parent.name == "retired"

@@ -1,6 +1,7 @@
 """Delivered segments stay for a while, and a replay finds in them what a restored database has lost."""
 
 import time
+from pathlib import Path
 
 import pytest
 
@@ -63,6 +64,24 @@ def test_what_was_delivered_is_found_again_in_its_order(tmp_path, alive):
         producer.close()
 
 
+def test_a_segment_that_is_retired_as_it_is_looked_at_is_found(tmp_path, monkeypatch):
+    producer = Producer(settings(tmp_path))
+    written = append(producer)
+    usual, left = Path.open, True
+
+    def opened(file, *arguments, **keywords):
+        nonlocal left
+        if left and file.suffix == ".seg":
+            left = False
+            drain(settings(tmp_path))
+        return usual(file, *arguments, **keywords)
+
+    monkeypatch.setattr(Path, "open", opened)
+    assert found(tmp_path) == written
+    assert list(tmp_path.glob("retired/*/*.seg"))
+    producer.close()
+
+
 def test_segments_retired_before_the_time_are_left_out(tmp_path):
     delivered(tmp_path)
     assert found(tmp_path, time.time() + 10) == []
@@ -82,6 +101,15 @@ def test_what_was_removed_is_known_by_its_time(tmp_path):
     newest = max(file.stat().st_mtime for file in tmp_path.glob("retired/*/*.seg"))
     Retention(spool).prune(now=time.time() + 110)
     assert abs(removed_until(tmp_path) - newest) < 0.001
+
+
+def test_what_was_removed_last_is_known_when_older_segments_go(tmp_path):
+    spool, _ = delivered(tmp_path, retain=100)
+    delivered(tmp_path, retain=0)
+    before = removed_until(tmp_path)
+    Retention(spool).prune(now=time.time() + 110)
+    assert list(tmp_path.glob("retired/*/*.seg")) == []
+    assert removed_until(tmp_path) == before > 0
 
 
 def test_the_oldest_go_above_the_size(tmp_path):
