@@ -77,7 +77,9 @@ def _parser() -> argparse.ArgumentParser:
     replaying = add("replay", _replay, "Store again what was delivered since a time, after a restore of the database.")
     replaying.add_argument("--since", type=_moment, required=True, metavar="TIME", help="2026-11-23T14:30:00+00:00")
     erasing = add("erase", _erase, "Erase what is stored of a user; exit 1 when something of it is still under way.")
-    erasing.add_argument("--user", required=True, metavar="ID", help="owner of keys, or the `user` that clients name")
+    erasing.add_argument(
+        "--user", type=_user, required=True, metavar="ID", help="owner of keys, or the `user` that clients name"
+    )
     erasing.add_argument("--dry-run", action="store_true", help="only count")
     add("settings", _settings, "Print the settings in force.")
     add_verbs(add)
@@ -174,6 +176,12 @@ def _moment(text: str) -> datetime:
     if moment.tzinfo is None:
         raise argparse.ArgumentTypeError(f"{text} has no time zone: write {text}+00:00 for UTC")
     return moment
+
+
+def _user(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty: name a user")
+    return text
 
 
 def _settings(settings: Settings, options: argparse.Namespace) -> int:

@@ -10,6 +10,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import orjson
 
@@ -79,7 +80,14 @@ def _read(file: Path) -> Letter:
     except (ValueError, KeyError, TypeError) as error:
         raise SpoolError(f"dead letter {file} is damaged: {error}; move it away") from None
     producer = str(content.get("producer") or file.stem.rpartition("-")[0])
-    return Letter(file.stem, str(content["kind"]), _call(frame) or file.stem, producer, str(content["reason"]), frame)
+    return Letter(
+        file.stem,
+        str(content["kind"]),
+        call_of(metadata_of(frame)) or file.stem,
+        producer,
+        str(content["reason"]),
+        frame,
+    )
 
 
 def bury(directory: Path, producer: str, frame: Frame, reason: str, origins: dict[str, str]) -> None:
@@ -87,7 +95,7 @@ def bury(directory: Path, producer: str, frame: Frame, reason: str, origins: dic
     content = {
         "reason": reason,
         "kind": frame.kind.name.lower(),
-        "producer": origins.get(_call(frame), producer),
+        "producer": origins.get(call_of(metadata_of(frame)), producer),
         "metadata": frame.metadata.decode(errors="backslashreplace"),
         "frame": base64.b64encode(frames.encode(frame)).decode(),
     }
@@ -112,12 +120,18 @@ def remove_requeued(folder: Path) -> None:
         file.unlink()
 
 
-def _call(frame: Frame) -> str:
+def metadata_of(frame: Frame) -> dict[str, Any]:
+    """Return the metadata of a frame, nothing where it is no JSON object."""
     try:
-        metadata = orjson.loads(frame.metadata)
+        content = orjson.loads(frame.metadata)
     except orjson.JSONDecodeError:
-        return ""
-    return str(metadata.get("id") or metadata.get("request_id") or "") if isinstance(metadata, dict) else ""
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def call_of(metadata: dict[str, Any]) -> str:
+    """Return the id of the call that metadata belong to, an empty text where they do not say."""
+    return str(metadata.get("id") or metadata.get("request_id") or "")
 
 
 def _write(producers: Path, letters: list[Letter]) -> None:

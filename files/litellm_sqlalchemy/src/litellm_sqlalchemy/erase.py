@@ -20,7 +20,7 @@ from sqlalchemy import Connection, text
 from litellm_sqlalchemy import frames
 from litellm_sqlalchemy.consumer import Cursor, read_state
 from litellm_sqlalchemy.database import connected
-from litellm_sqlalchemy.dead_letters import read_letters
+from litellm_sqlalchemy.dead_letters import call_of, metadata_of, read_letters
 from litellm_sqlalchemy.errors import SettingsError
 from litellm_sqlalchemy.frames import Frame
 from litellm_sqlalchemy.retention import is_retired, open_segments
@@ -153,11 +153,11 @@ def _erase_frames(directory: Path, calls: set[str], result: Erasure, dry_run: bo
 
 def _erase_letters(directory: Path, user: str, calls: set[str], result: Erasure, dry_run: bool) -> None:
     """Remove the dead letters of user and calls, and damaged pieces that name one of them."""
-    names = [name.encode() for name in (*calls, f'"{user}"')]
+    names = [*(call.encode() for call in calls), orjson.dumps(user)]
     files = [
         directory / "dead" / f"{letter.id}.json"
         for letter in read_letters(directory)
-        if letter.call in calls or user in _users(_metadata(letter.frame))
+        if letter.call in calls or user in _users(metadata_of(letter.frame))
     ]
     for damaged in directory.glob("dead/*.damaged"):
         content = damaged.read_bytes()
@@ -191,21 +191,9 @@ def _segments(directory: Path) -> Iterator[tuple[BinaryIO, list[_Place]]]:
         for found, end in frames.decode(data, complete=False, seed=frames.seed_of(producer)):
             if isinstance(found, Frame):
                 start = end - frames.body_size(found)
-                content = _metadata(found)
-                places.append(_Place(start, end, _call(content), _users(content), end <= delivered))
+                content = metadata_of(found)
+                places.append(_Place(start, end, call_of(content), _users(content), end <= delivered))
         yield file, places
-
-
-def _metadata(frame: Frame) -> dict[str, Any]:
-    try:
-        content = orjson.loads(frame.metadata)
-    except orjson.JSONDecodeError:
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _call(content: dict[str, Any]) -> str:
-    return str(content.get("id") or content.get("request_id") or "")
 
 
 def _users(content: dict[str, Any]) -> frozenset[str]:

@@ -138,6 +138,15 @@ def test_what_is_under_way_is_reported_and_erased_later(
     assert _holding(deployment.spool) == []
 
 
+def test_damaged_pieces_that_name_the_user_are_removed(deployment: Deployment) -> None:
+    Producer(deployment.load().spool).close()
+    (deployment.spool / "dead").mkdir(exist_ok=True)
+    for number, user in enumerate(('o"hara', "o"), start=1):
+        (deployment.spool / "dead" / f"{number}.damaged").write_bytes(b"LS" + request(uuid7().hex, user_id=user)[:-1])
+    assert erase(deployment.load(), 'o"hara').dead_letters == 1
+    assert [file.name for file in deployment.spool.glob("dead/*")] == ["2.damaged"]
+
+
 def test_only_the_maintainers_role_deletes(deployment: Deployment, database: Database) -> None:
     Producer(deployment.load().spool).close()
     database.server.execute("REVOKE litellm_maintainer FROM litellm_migrator_a")

@@ -58,7 +58,9 @@ def test_failed(file: Path, tmp_path: Path) -> None:
     producer.close()
 
 
-@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["settings", "--nonsense"], ["dead-letters", "burn"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["nonsense"], ["settings", "--nonsense"], ["dead-letters", "burn"], ["erase", "--user", ""]]
+)
 def test_usage(file: Path, arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(arguments)
