@@ -36,12 +36,17 @@ def main(arguments: list[str] | None = None) -> int:
         if options.settings:
             os.environ[SETTINGS_VARIABLE] = str(options.settings)
         _configure_logging(settings.logging)
-        return int(options.verb(settings, options))
+        code = int(options.verb(settings, options))
+        sys.stdout.flush()
+        return code
     except LogError as error:
         print(f"litellm-sqlalchemy: {error}", file=sys.stderr)
         return int(error.exit_code)
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # who reads has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        return 141
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -172,7 +177,10 @@ def _erase(settings: Settings, options: argparse.Namespace) -> int:
 
 
 def _moment(text: str) -> datetime:
-    moment = datetime.fromisoformat(text)
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no ISO time: write it like 2026-11-23T14:30:00+00:00") from None
     if moment.tzinfo is None:
         raise argparse.ArgumentTypeError(f"{text} has no time zone: write {text}+00:00 for UTC")
     return moment

@@ -1,10 +1,14 @@
 """The command's exit codes, as far as no database is needed, and that it says one line where something is wrong."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
+import litellm_sqlalchemy
 from litellm_sqlalchemy.cli import main
 from litellm_sqlalchemy.errors import ExitCode
 from litellm_sqlalchemy.frames import Kind
@@ -65,6 +69,25 @@ def test_usage(file: Path, arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == ExitCode.USAGE
+
+
+@pytest.mark.parametrize("time", ["yesterday", "2026-11-23T14:30:00"])
+def test_a_time_says_how_it_is_written(time: str, file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["replay", "--since", time])
+    assert "+00:00" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_reader_that_has_seen_enough(file: Path) -> None:
+    reads, writes = os.pipe()
+    os.close(reads)
+    source = str(Path(litellm_sqlalchemy.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-m", "litellm_sqlalchemy", "settings"],
+        stdout=writes, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": source}, check=False,
+    )  # fmt: skip
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (141, b"")
 
 
 def test_settings(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
