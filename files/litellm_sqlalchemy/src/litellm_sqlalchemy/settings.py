@@ -21,12 +21,12 @@ from litellm_sqlalchemy.errors import SettingsError
 SETTINGS_VARIABLE = "LITELLM_SQLALCHEMY_SETTINGS"
 DEFAULT_SETTINGS_FILE = Path("/etc/litellm-sqlalchemy/settings.yml")
 
-Positive = Annotated[float, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Size = Annotated[int, Field(gt=0)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class GatewaySettings(_Section):
@@ -208,7 +208,9 @@ def load_credential(settings: DatabaseSettings, name: str) -> Credential:
     candidates = [settings.credentials_directory / f"{name}.json"]
     if directory := os.environ.get("CREDENTIALS_DIRECTORY"):
         candidates.insert(0, Path(directory) / f"{name}.json")
-    file = next((candidate for candidate in candidates if candidate.exists()), candidates[-1])
+    file = next(
+        filter(os.path.exists, candidates), candidates[-1]
+    )  # not `Path.exists`: it raises where access is denied
     try:
         return Credential.model_validate(json.loads(file.read_bytes()))
     except OSError as error:

@@ -1,5 +1,6 @@
 """Settings: what is wrong is said in one line that names the file and the key."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ def _error(tmp_path: Path, content: str | bytes) -> str:
         ({**MINIMUM, "spool": {"when_full": None}}, "`spool.when_full` is None"),
         ({**MINIMUM, "writer": {"batch_size": 0}}, "`writer.batch_size` is 0"),
         ({**MINIMUM, "writer": {"batch_delay": -1}}, "`writer.batch_delay` is -1"),
+        ({**MINIMUM, "writer": {"statement_timeout": float("inf")}}, "`writer.statement_timeout` is inf"),
         ({**MINIMUM, "content": {"mode": "some"}}, "`content.mode` is 'some'"),
         ({**MINIMUM, "logging": {"level": "LOUD"}}, "`logging.level` is 'LOUD'"),
     ],
@@ -92,6 +94,19 @@ def test_a_wrong_credential_is_named_and_never_quoted(
         settings.load_credential(database, "writer")
     assert str(tmp_path / "writer.json") in str(caught.value)
     assert "s3cret" not in str(caught.value)
+
+
+def test_a_credential_that_the_user_may_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CREDENTIALS_DIRECTORY", raising=False)
+    (tmp_path / "roots").mkdir(mode=0)
+    database = settings.DatabaseSettings(host="db1", credentials_directory=tmp_path / "roots")
+    user = os.geteuid()
+    os.seteuid(user or 65534)
+    try:
+        with pytest.raises(SettingsError, match=r"reader\.json cannot be read: Permission denied"):
+            settings.load_credential(database, "reader")
+    finally:
+        os.seteuid(user)
 
 
 def test_systemd_credentials_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
