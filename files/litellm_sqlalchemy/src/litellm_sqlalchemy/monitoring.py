@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import accumulate
+from socket import AF_INET, AF_INET6
 
 import orjson
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -80,10 +81,11 @@ class Monitor:
         if self._settings.writer.listen is None:
             return
         host, _, port = self._settings.writer.listen.rpartition(":")
+        server = type("Server", (ThreadingHTTPServer,), {"address_family": AF_INET6 if ":" in host else AF_INET})
         handler = type("Handler", (_Handler,), {"monitor": self})
         try:
-            self._server = ThreadingHTTPServer((host.strip("[]"), int(port)), handler)
-        except (OSError, ValueError) as error:
+            self._server = server((host.strip("[]"), int(port)), handler)
+        except (OSError, ValueError, OverflowError) as error:  # OverflowError: no port has that number
             raise SettingsError(f"`writer.listen` is {self._settings.writer.listen!r}: {error}") from None
         threading.Thread(target=self._server.serve_forever, name="monitor", daemon=True).start()
 

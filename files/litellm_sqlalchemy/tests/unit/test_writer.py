@@ -1,7 +1,9 @@
-"""The writer in an outage of its database."""
+"""The writer in an outage of its database, and where it listens."""
 
+import json
 import socket
 import threading
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +13,19 @@ from support.records import Ledger
 
 from litellm_sqlalchemy.consumer import producers
 from litellm_sqlalchemy.database import ErrorClass
+from litellm_sqlalchemy.errors import SettingsError
 from litellm_sqlalchemy.producer import Producer
 from litellm_sqlalchemy.settings import Settings
 from litellm_sqlalchemy.writer import Writer
 
 
-def _settings(directory: Path, **database: Any) -> Settings:
+def _settings(directory: Path, listen: str | None = None, **database: Any) -> Settings:
     (directory / "spool").mkdir()
     (directory / "writer.json").write_text('{"user": "w", "password": "p"}')
     content = {
         "database": {"host": "127.0.0.1", "credentials_directory": directory, **database},
         "spool": {"directory": directory / "spool"},
-        "writer": {"listen": None},
+        "writer": {"listen": listen},
     }
     return Settings.model_validate(content)
 
@@ -62,3 +65,24 @@ def test_the_database_is_not_asked_by_a_writer_that_shall_stop(tmp_path: Path) -
         with pytest.raises(BlockingIOError):
             server.accept()
         producer.close()
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "[::1]"])
+def test_it_listens(address: str, tmp_path: Path) -> None:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.create_server((address.strip("[]"), 0), family=family) as probe:
+        place = f"{address}:{probe.getsockname()[1]}"
+    writer = Writer(_settings(tmp_path, place))
+    writer._monitor.start()
+    with urllib.request.urlopen(f"http://{place}/health") as answer:
+        assert json.load(answer) == {"status": "ok"}
+    writer._monitor.stop()
+    writer._consumer.close()
+
+
+@pytest.mark.parametrize("place", ["127.0.0.1:94650", "127.0.0.1:metrics", "no-such-name.invalid:9465"])
+def test_an_address_that_is_none(place: str, tmp_path: Path) -> None:
+    writer = Writer(_settings(tmp_path, place))
+    with pytest.raises(SettingsError, match=f"`writer.listen` is '{place}': "):
+        writer._monitor.start()
+    writer._consumer.close()
