@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import psycopg2
@@ -164,11 +165,11 @@ class Validation:
 
     def _verify_full(self) -> str:
         """Prove verification by a name that the certificate does not carry."""
-        if self._settings.database.sslmode != "verify-full":
-            raise CheckFailed(
-                f"database.sslmode is {self._settings.database.sslmode}", "set `database.sslmode: verify-full`"
-            )
-        wrong = {"host": "wrong-name.invalid", "hostaddr": socket.gethostbyname(self._settings.database.host)}
+        database = self._settings.database
+        if database.sslmode != "verify-full":
+            raise CheckFailed(f"database.sslmode is {database.sslmode}", "set `database.sslmode: verify-full`")
+        with socket.create_connection((database.host, database.port), timeout=10) as connection:
+            wrong = {"host": "wrong-name.invalid", "hostaddr": connection.getpeername()[0]}
         message = self._refusal(wrong, "a server of another name was accepted", "set `database.sslmode: verify-full`")
         if "does not match host name" not in message:
             raise CheckFailed(message, "check `database.sslrootcert` and the server's certificate")
@@ -210,10 +211,7 @@ class Validation:
     def _authority(self) -> str:
         """Look at what clients trust: while one authority replaces another there are two, and the newer one counts."""
         file = self._settings.database.sslrootcert
-        found = certificates(file) if file else []
-        if not found:
-            raise CheckFailed(f"{file} holds no certificate", "run `site.yml`")
-        last = max(map(validity, found), key=lambda dates: dates[1])
+        last = max(_dates(file) if file else [], key=lambda dates: dates[1])
         return _time_left("authority", last, "ansible-playbook playbooks/rotate-secrets.yml --tags ca", AUTHORITY_DAYS)
 
     def _clients(self) -> str:
@@ -221,7 +219,7 @@ class Validation:
         files = sorted(directory.glob("*/client.crt")) if directory else []
         if not files:
             raise CheckFailed(f"{directory} holds no client certificate", "run `site.yml`")
-        dates = {file.parent.name: validity(certificates(file)[0]) for file in files}
+        dates = {file.parent.name: _dates(file)[0] for file in files}
         for name, (begins, ends) in dates.items():
             _time_left(f"certificate of {name}", (begins, ends), "run `site.yml` to renew it")
         first, (_, ends) = min(dates.items(), key=lambda item: item[1][1])
@@ -389,6 +387,10 @@ class Validation:
             raise CheckFailed(f"{url} answered {error.code}", "journalctl -u 'litellm@*'") from None
         except OSError as error:
             raise CheckFailed(f"{url}: {error}", "systemctl status 'litellm@*'") from None
+        except (ValueError, http.client.HTTPException) as error:  # an invalid header's message would quote the key
+            raise CheckFailed(
+                f"{url} is no gateway's: {type(error).__name__}", "check `validation.gateway_urls`"
+            ) from None
         answered = time.monotonic()
         while time.monotonic() < answered + STORED_WITHIN:
             if self._stored(call_id, body, content):
@@ -412,6 +414,17 @@ class Validation:
             if row[2] == "full" and stored is not None and stored != sent:
                 raise CheckFailed(f"the stored {name} of call {call_id} differs from the one sent", "report it")
         return True
+
+
+def _dates(file: Path) -> list[tuple[datetime, datetime]]:
+    """Return from when to when the certificates of a file are valid; raises CheckFailed where it holds none."""
+    try:
+        found = [validity(certificate) for certificate in certificates(file)]
+    except (ValueError, IndexError):  # no PEM, or no certificate in it
+        found = []
+    if not found:
+        raise CheckFailed(f"{file} holds no certificate", "run `site.yml`")
+    return found
 
 
 def _time_left(what: str, dates: tuple[datetime, datetime], remedy: str, days_wanted: int = CERTIFICATE_DAYS) -> str:
