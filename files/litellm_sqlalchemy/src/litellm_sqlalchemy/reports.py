@@ -41,13 +41,13 @@ _FORMULAS = ("=", "+", "-", "@", "\t", "\r")
 def add_verbs(add: AddVerb) -> None:
     """Add the verbs to the command."""
     calls = _with_selection(add("calls", _calls, "List the latest calls."), since=None)
-    calls.add_argument("--last", type=int, default=20, metavar="N", help="how many (default: %(default)s)")
+    calls.add_argument("--last", type=_count, default=20, metavar="N", help="how many (default: %(default)s)")
     call = _with_csv(add("call", _call, "Show one call whole, by its id or LiteLLM's call id."))
     call.add_argument("identifier", metavar="ID", help="id, or x-litellm-call-id")
     top = _with_selection(add("top", _top, "Rank models, keys or users by what they use, with latencies."), since="24h")
     top.add_argument("--by", choices=sorted(queries.DIMENSIONS), default="model", help="default: %(default)s")
     top.add_argument("--order", choices=_ORDERS, default="calls", help="default: %(default)s")
-    top.add_argument("--last", type=int, default=20, metavar="N", help="how many (default: %(default)s)")
+    top.add_argument("--last", type=_count, default=20, metavar="N", help="how many (default: %(default)s)")
     _with_selection(add("errors", _errors, "Count failures by model, error type and code."), since="24h")
     usage = _with_selection(add("usage", _usage, "Sum up calls, failures, tokens and cost."), since="7d")
     usage.add_argument("--by", type=_dimensions, default=["day"], metavar="A,B", help="e.g. day,model (default: day)")
@@ -90,6 +90,12 @@ def _ago(count: int, unit: str) -> datetime:
     if unit in "mh":
         return now - ago
     return now.replace(hour=0, minute=0, second=0, microsecond=0) - max(ago - timedelta(days=1), timedelta())
+
+
+def _count(value: str) -> int:
+    if not value.isdecimal() or not int(value):
+        raise argparse.ArgumentTypeError(f"{value!r} is no number from 1 on")
+    return int(value)
 
 
 def _dimensions(value: str) -> list[str]:

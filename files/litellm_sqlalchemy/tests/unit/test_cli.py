@@ -63,8 +63,12 @@ def test_failed(file: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["nonsense"], ["settings", "--nonsense"], ["dead-letters", "burn"], ["erase", "--user", ""]]
-)
+    "arguments",
+    [
+        [], ["nonsense"], ["settings", "--nonsense"], ["dead-letters", "burn"], ["erase", "--user", ""],
+        ["calls", "--last", "-1"], ["top", "--last", "0"],
+    ],
+)  # fmt: skip
 def test_usage(file: Path, arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(arguments)
