@@ -27,7 +27,8 @@ def number(value: object) -> int | None:
     """Return a token count as it fits the column, None where there is none."""
     if type(value) is int:
         return min(value, _INT4_MAX) if value >= 0 else None
-    return min(int(value), _INT4_MAX) if isinstance(value, int | float) and value == value and value >= 0 else None
+    found = real(value)
+    return None if found is None or found < 0 else min(int(found), _INT4_MAX)
 
 
 def real(value: object) -> float | None:

@@ -424,7 +424,17 @@ def test_retry_then_success(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "kept"), [(3, 3), (2**40, 2**31 - 1), (-1, None), (float("nan"), None), ("3", None), (None, None)]
+    ("value", "kept"),
+    [
+        (3, 3),
+        (2**40, 2**31 - 1),
+        (-1, None),
+        (3.0, 3),
+        (float("nan"), None),
+        (float("inf"), None),
+        ("3", None),
+        (None, None),
+    ],
 )
 def test_number(value: object, kept: int | None) -> None:
     assert number(value) == kept
