@@ -14,7 +14,7 @@ from sqlalchemy import event
 
 from litellm_sqlalchemy.consumer import Batch, Consumer
 from litellm_sqlalchemy.database import ErrorClass, make_engine
-from litellm_sqlalchemy.errors import LogError
+from litellm_sqlalchemy.errors import SpoolError
 from litellm_sqlalchemy.frames import Frame
 from litellm_sqlalchemy.monitoring import Health, Monitor
 from litellm_sqlalchemy.retention import Retention
@@ -29,6 +29,7 @@ _UNKNOWN_ATTEMPTS = 5
 _PAUSE = 5.0
 #: Seconds without anything to deliver after which the database is asked whether it would take it.
 _IDLE = 30.0
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class _Stopping(Exception):
@@ -213,12 +214,19 @@ def _give_memory_back() -> None:
 
 
 def run_writer(settings: Settings) -> None:
-    """Run the writer until SIGTERM or SIGINT. Raises LogError before it starts."""
+    """Run the writer until SIGTERM or SIGINT. Raises LogError."""
     _give_memory_back()
+    # Not by handlers: these run in the midst of what the main thread does, and where that is `Event.wait`, `Event.set`
+    # would wait for ever for the lock that it holds.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
     writer = Writer(settings)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda _number, _frame: writer.stop())
+    threading.Thread(target=_stop_on_signal, args=(writer,), name="signals", daemon=True).start()
     try:
         writer.run()
     except OSError as error:
-        raise LogError(f"spool directory {settings.spool.directory}: {error.strerror}") from error
+        raise SpoolError(f"{error.filename or settings.spool.directory}: {error.strerror}") from None
+
+
+def _stop_on_signal(writer: Writer) -> None:
+    signal.sigwait(_STOP_SIGNALS)
+    writer.stop()

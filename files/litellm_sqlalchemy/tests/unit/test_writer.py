@@ -1,21 +1,28 @@
-"""The writer in an outage of its database, and where it listens."""
+"""The writer in an outage of its database, where it listens, and how it ends."""
 
 import json
+import os
 import socket
+import subprocess
+import sys
 import threading
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from support.fakes import FakeStore
 from support.records import Ledger
 
+import litellm_sqlalchemy
 from litellm_sqlalchemy.consumer import producers
 from litellm_sqlalchemy.database import ErrorClass
-from litellm_sqlalchemy.errors import SettingsError
+from litellm_sqlalchemy.errors import ExitCode, SettingsError
 from litellm_sqlalchemy.producer import Producer
-from litellm_sqlalchemy.settings import Settings
+from litellm_sqlalchemy.settings import Settings, as_mapping
 from litellm_sqlalchemy.writer import Writer
 
 
@@ -65,6 +72,59 @@ def test_the_database_is_not_asked_by_a_writer_that_shall_stop(tmp_path: Path) -
         with pytest.raises(BlockingIOError):
             server.accept()
         producer.close()
+
+
+#: A writer whose main thread is where `Event.wait` holds its lock when the signal comes.
+_SIGNALLED = """
+import os, signal, sys, time
+from pathlib import Path
+from litellm_sqlalchemy.settings import load_settings
+from litellm_sqlalchemy.writer import Writer, run_writer
+
+def run(writer):
+    with writer._stop._cond:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+    assert writer._stop.wait(20)
+
+Writer.run = run
+run_writer(load_settings(Path(sys.argv[1])))
+"""
+
+
+def test_a_signal_stops_it_wherever_it_is(tmp_path: Path) -> None:
+    with _python("-c", _SIGNALLED, str(_settings_file(tmp_path))) as process:
+        assert process.communicate(timeout=60) == ("", "")
+        assert process.returncode == 0
+
+
+def test_a_spool_that_breaks_under_it(tmp_path: Path) -> None:
+    folder = tmp_path / "spool" / "producers"
+    with _python("-m", "litellm_sqlalchemy", "write", "--settings", str(_settings_file(tmp_path))) as process:
+        assert process.stderr is not None
+        assert "delivering from" in process.stderr.readline()
+        folder.rename(tmp_path / "elsewhere")
+        folder.touch()
+        assert process.wait(60) == ExitCode.SPOOL
+        assert process.stderr.read().splitlines()[-1] == f"litellm-sqlalchemy: {folder}: Not a directory"
+
+
+def _settings_file(directory: Path) -> Path:
+    file = directory / "settings.yml"
+    file.write_text(yaml.safe_dump(as_mapping(_settings(directory))))
+    return file
+
+
+@contextmanager
+def _python(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+    environment = {**os.environ, "PYTHONPATH": str(Path(litellm_sqlalchemy.__file__).parents[1])}
+    with subprocess.Popen(
+        [sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "[::1]"])
