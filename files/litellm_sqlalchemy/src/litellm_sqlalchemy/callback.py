@@ -35,8 +35,8 @@ def _guarded(hook: _Hook) -> _Hook:
         started = time.perf_counter()
         try:
             return await hook(self, *arguments, **keywords)
-        except _Refused as error:
-            raise error.response from None
+        except HTTPException:  # the call is refused
+            raise
         except Exception:
             self.recorder.fail(hook.__name__)
             return None
@@ -44,12 +44,6 @@ def _guarded(hook: _Hook) -> _Hook:
             self.recorder.spent(started)
 
     return guarded  # type: ignore[return-value]
-
-
-class _Refused(Exception):
-    def __init__(self, response: Exception) -> None:
-        super().__init__(str(response))
-        self.response = response
 
 
 class RequestLogger(CustomLogger):
@@ -71,7 +65,8 @@ class RequestLogger(CustomLogger):
         try:
             self.recorder.producer.check_space()
         except SpoolError as error:
-            raise _Refused(_unavailable(str(error))) from None
+            reason = f"the gateway's request log cannot take the call: {error}"
+            raise HTTPException(503, {"error": reason}) from None
         call.accept(user_api_key_dict, data, call_type)
         await self.recorder.producer.synced()
 
@@ -206,11 +201,6 @@ def _attempt_of(call: Call, data: Any, error: Exception) -> dict[str, Any]:
         "duration_ms": round(ended - started, 3),
         "ended_ms": ended,
     }
-
-
-def _unavailable(reason: str) -> Exception:
-    error: Exception = HTTPException(503, {"error": f"the gateway's request log cannot take the call: {reason}"})
-    return error
 
 
 def _observe(recorder: Recorder) -> None:
