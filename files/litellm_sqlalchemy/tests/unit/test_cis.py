@@ -4,7 +4,7 @@ import datetime
 
 import pytest
 
-from litellm_sqlalchemy import cis
+from litellm_sqlalchemy import cis, validate
 
 TODAY = datetime.date(2026, 11, 30)
 GOOD = '[[exception]]\nid = "6.7"\nreason = "no FIPS host"\nexpires = 2026-11-30\n'
@@ -61,3 +61,8 @@ def test_a_wrong_file_is_refused_with_what_is_wrong(text: str, says: str) -> Non
 def test_every_item_has_an_id_of_its_own_and_says_what_to_do() -> None:
     assert len({one.id for one in cis.ITEMS}) == len(cis.ITEMS) >= 50
     assert all(one.title and one.fix for one in cis.ITEMS)
+
+
+def test_both_reports_ask_for_the_same_server() -> None:
+    """`cis.py` is sent to hosts alone, so that each has its own."""
+    assert cis.MINIMUM_SERVER_VERSION == validate.MINIMUM_SERVER_VERSION
