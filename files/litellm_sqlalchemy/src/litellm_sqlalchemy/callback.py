@@ -20,7 +20,7 @@ from litellm_sqlalchemy.events import event_of
 from litellm_sqlalchemy.observer import CallObserver
 from litellm_sqlalchemy.recorder import Recorder
 from litellm_sqlalchemy.settings import load_settings
-from litellm_sqlalchemy.values import text
+from litellm_sqlalchemy.values import TEXT_LENGTH, text
 
 #: How LiteLLM tags the calls of its health checks (LITTELM_INTERNAL_HEALTH_SERVICE_ACCOUNT_NAME).
 _HEALTH_CHECK = "litellm-internal-health-check"
@@ -185,7 +185,7 @@ def _is_health_check(exchange: Call) -> bool:
 def _error_of(error: Exception) -> dict[str, Any]:
     code = getattr(error, "status_code", None) or getattr(error, "code", None)
     message = getattr(error, "message", None) or getattr(error, "detail", None) or str(error)
-    return {"error_type": type(error).__name__, "error_code": text(code), "error_message": text(message, 8192)}
+    return {"error_type": type(error).__name__, "error_code": text(code), "error_message": text(message, TEXT_LENGTH)}
 
 
 def _attempt_of(call: Call, data: Any, error: Exception) -> dict[str, Any]:

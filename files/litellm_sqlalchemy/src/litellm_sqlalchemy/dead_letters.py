@@ -25,10 +25,6 @@ REQUEUED_FILE = "requeued.json"
 _ORIGINS_FILE = "origins.json"
 
 
-class UnknownLetterError(LogError):
-    """There is no such dead letter."""
-
-
 @dataclass(frozen=True)
 class Letter:
     """A dead letter: its name, the call it belongs to, the producer it came from, and why it was refused."""
@@ -54,13 +50,13 @@ def read_letters(directory: Path) -> list[Letter]:
 def requeue(directory: Path, ids: list[str]) -> list[Letter]:
     """Put letters back into the spool, all without `ids`, each with the other half of its call; return them.
 
-    Raises UnknownLetterError, SpoolError.
+    Raises SpoolError, and LogError where one of them is not there.
     """
     for earlier in (open_directory(directory) / "producers").glob(f"[!.]*/{REQUEUED_FILE}"):
         remove_requeued(earlier.parent)  # a requeue that was killed half-way
     letters = read_letters(directory)
     if unknown := set(ids) - {letter.id for letter in letters}:
-        raise UnknownLetterError(f"no dead letter {min(unknown)}: see `litellm-sqlalchemy dead-letters list`")
+        raise LogError(f"no dead letter {min(unknown)}: see `litellm-sqlalchemy dead-letters list`")
     calls = {letter.call for letter in letters if not ids or letter.id in ids}
     chosen = [letter for letter in letters if letter.call in calls]
     if chosen:

@@ -5,7 +5,7 @@ LogError
 ├── DatabaseError     the database cannot be reached or refuses the login
 ├── SchemaError       the tables are not at the revision that this package needs
 ├── SpoolError        the spool directory cannot be used
-│   └── SpoolFull     the spool has reached its cap
+│   └── SpoolFull     the spool has reached its cap or the disk's reserve
 └── LockedError       another process holds the lock
 """
 
@@ -56,7 +56,7 @@ class SpoolError(LogError):
 
 
 class SpoolFull(SpoolError):
-    """The spool has reached `spool.max_size`: mend the writer or the database, or raise the cap."""
+    """The spool has reached `spool.max_size` or `spool.reserve`: mend writer or database, or raise the limit."""
 
 
 class LockedError(LogError):

@@ -177,7 +177,7 @@ def _reader(settings: Settings) -> AbstractContextManager[Connection]:
 def _print(rows: Sequence[Row], options: argparse.Namespace, columns: Sequence[str] = ()) -> None:
     """Print rows; `columns` limits what people see, programs get all of it."""
     if options.json:
-        json.dump([dict(row) for row in rows], sys.stdout, indent=2, default=str)
+        json.dump(rows, sys.stdout, indent=2, default=str)
         print()
     elif options.csv:
         writer = csv.writer(sys.stdout)
