@@ -660,7 +660,10 @@ def read_exceptions(text: str) -> dict[str, Exemption]:
 def look(server: Server, exceptions: dict[str, Exemption], today: datetime.date) -> Iterator[Finding]:
     """Yield what became of every item."""
     for one in ITEMS:
-        ok, seen = one.look(server)
+        try:
+            ok, seen = one.look(server)
+        except (OSError, psycopg2.Error) as error:  # a file that is missing, say: the other items are looked at
+            ok, seen = False, f"cannot be seen: {' '.join(str(error).split())}"
         exemption = exceptions.get(one.id)
         if ok or exemption is None:
             yield Finding(one.id, one.title, ok, seen, "" if ok else one.fix)

@@ -1,6 +1,9 @@
 """Exceptions from the CIS benchmark: what a file may say, and what becomes of an item that has one."""
 
 import datetime
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -61,6 +64,18 @@ def test_a_wrong_file_is_refused_with_what_is_wrong(text: str, says: str) -> Non
 def test_every_item_has_an_id_of_its_own_and_says_what_to_do() -> None:
     assert len({one.id for one in cis.ITEMS}) == len(cis.ITEMS) >= 50
     assert all(one.title and one.fix for one in cis.ITEMS)
+
+
+def test_an_item_that_cannot_be_seen_fails_and_the_others_are_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TLS is off and has no key."""
+    server: Any = Namespace(data=tmp_path, settings={"ssl": "off", "ssl_key_file": "server.key"})
+    tls = next(one for one in cis.ITEMS if one.id == "6.8")
+    monkeypatch.setattr(cis, "ITEMS", [tls, *items("1.3")])
+    missing, holds = cis.look(server, {}, TODAY)
+    assert (missing.ok, missing.remedy, holds.ok) == (False, tls.fix, True)
+    assert missing.seen == f"cannot be seen: [Errno 2] No such file or directory: '{tmp_path}/server.key'"
 
 
 def test_both_reports_ask_for_the_same_server() -> None:
