@@ -187,6 +187,7 @@ def _of_hooks(hooks: HookTimes) -> Iterator[Metric]:
 
 class _Handler(BaseHTTPRequestHandler):
     monitor: Monitor
+    timeout = 5  # seconds without a word; whoever says nothing, or is gone, would hold a thread for ever
 
     def do_GET(self) -> None:
         """Answer `/metrics` and `/health`."""

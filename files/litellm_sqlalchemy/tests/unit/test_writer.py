@@ -140,6 +140,17 @@ def test_it_listens(address: str, tmp_path: Path) -> None:
     writer._consumer.close()
 
 
+def test_who_says_nothing_is_not_waited_for(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    writer = Writer(_settings(tmp_path, f"127.0.0.1:{port}"))
+    writer._monitor.start()
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as silent:
+        assert silent.recv(1) == b"", "the connection is closed"
+    writer._monitor.stop()
+    writer._consumer.close()
+
+
 @pytest.mark.parametrize("place", ["127.0.0.1:94650", "127.0.0.1:metrics", "no-such-name.invalid:9465"])
 def test_an_address_that_is_none(place: str, tmp_path: Path) -> None:
     writer = Writer(_settings(tmp_path, place))
