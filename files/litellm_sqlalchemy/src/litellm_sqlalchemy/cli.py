@@ -47,6 +47,9 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # who reads has seen enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
         return 141
+    except OSError as error:  # of a file in the spool, which it names
+        print(f"litellm-sqlalchemy: {error}", file=sys.stderr)
+        return ExitCode.SPOOL
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -14,7 +14,6 @@ from sqlalchemy import event
 
 from litellm_sqlalchemy.consumer import Batch, Consumer
 from litellm_sqlalchemy.database import ErrorClass, make_engine
-from litellm_sqlalchemy.errors import SpoolError
 from litellm_sqlalchemy.frames import Frame
 from litellm_sqlalchemy.monitoring import Health, Monitor
 from litellm_sqlalchemy.retention import Retention
@@ -214,17 +213,14 @@ def _give_memory_back() -> None:
 
 
 def run_writer(settings: Settings) -> None:
-    """Run the writer until SIGTERM or SIGINT. Raises LogError."""
+    """Run the writer until SIGTERM or SIGINT. Raises LogError, and OSError of a spool that breaks under it."""
     _give_memory_back()
     # Not by handlers: these run in the midst of what the main thread does, and where that is `Event.wait`, `Event.set`
     # would wait for ever for the lock that it holds.
     signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
     writer = Writer(settings)
     threading.Thread(target=_stop_on_signal, args=(writer,), name="signals", daemon=True).start()
-    try:
-        writer.run()
-    except OSError as error:
-        raise SpoolError(f"{error.filename or settings.spool.directory}: {error.strerror}") from None
+    writer.run()
 
 
 def _stop_on_signal(writer: Writer) -> None:

@@ -110,6 +110,8 @@ def test_spool(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     for verb in (["write"], ["status"], ["dead-letters"]):
         _fails(capsys, verb, ExitCode.SPOOL, "has format '9', this version reads '1'")
     (spool / "format").unlink()
+    (spool / "producers").touch()
+    _fails(capsys, ["status"], ExitCode.SPOOL, f"Not a directory: '{spool}/producers'")
     (spool / "state.json").write_text('{"tot')
     _fails(capsys, ["status"], ExitCode.SPOOL, "state.json is damaged")
     _fails(capsys, ["write"], ExitCode.SPOOL, "state.json is damaged")
