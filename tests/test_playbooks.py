@@ -126,3 +126,20 @@ def test_a_fronts_own_certificate_leaves_the_projects_authority_alone(tmp_path):
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         found = dict(re.findall(rf"msg: (gw\d)=(?:{tmp_path}/)?(\S+)", done.stdout))
         assert found == {"gw1": others, "gw2": "pki/gw2", "gw3": "pki/gw3", "gw4": "/elsewhere"}, done.stdout
+
+
+def test_a_gateway_asks_the_database_at_its_own_port(tmp_path):
+    """Which the inventory names for the group postgresql; the task is delegated, its variables are the gateway's."""
+    play = next(play for play in yaml.safe_load((ROOT / "playbooks/litellm.yml").read_text()) if "roles" in play)
+    (asks,) = play["pre_tasks"]
+    handed = {name: value for name, value in play["vars"].items() if name == "__database_server"} | asks.get("vars", {})
+    for own, port in (({"postgresql_port": 5433}, "5433"), ({}, "5432")):
+        children = {"postgresql": {"hosts": {"db1": own}}, "litellm": {"hosts": {"gw1": {}}}}
+        (tmp_path / "hosts.yml").write_text(yaml.safe_dump({"all": {"children": children}}))
+        show = {"ansible.builtin.debug": {"msg": "port={{ postgresql_port }}"}, "vars": handed}
+        (tmp_path / "play.yml").write_text(
+            yaml.safe_dump([{"hosts": "litellm", "gather_facts": False, "tasks": [show]}])
+        )
+        command = ["ansible-playbook", "-i", str(tmp_path / "hosts.yml"), str(tmp_path / "play.yml")]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert f"port={port}\n" in done.stdout, done.stdout
