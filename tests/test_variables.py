@@ -1,6 +1,7 @@
 """A variable lives in three places that cannot disagree: defaults, argument_specs, the generated reference."""
 
 import re
+import subprocess
 from pathlib import Path
 
 import generate_variables
@@ -68,3 +69,19 @@ def test_the_reference_is_up_to_date():
 def test_every_role_has_a_readme_of_one_screen(role):
     lines = (ROOT / "roles" / role / "README.md").read_text().splitlines()
     assert lines[:1] == [f"# {role}"] and 10 <= len(lines) <= 60
+
+
+def test_a_kernel_that_leaves_some_more_memory_does_not_restart_the_server(tmp_path):
+    """MemTotal of a host with 4 GB under two kernels."""
+    role = ROOT / "roles/postgresql"
+    show = {
+        "ansible.builtin.debug": {"msg": "shared_buffers={{ __postgresql_default_settings.shared_buffers }}"},
+        "vars": {"ansible_facts": {"memtotal_mb": "{{ item }}"}},
+        "loop": [3909, 3915],
+    }
+    files = [str(role / "defaults/main.yml"), str(role / "vars/main.yml")]
+    play = {"hosts": "localhost", "gather_facts": False, "vars_files": files, "tasks": [show]}
+    (tmp_path / "play.yml").write_text(yaml.safe_dump([play]))
+    command = ["ansible-playbook", "-i", "localhost,", str(tmp_path / "play.yml")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert re.findall(r"shared_buffers=(\d+)MB", done.stdout) == ["960", "960"], done.stdout
