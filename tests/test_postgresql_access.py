@@ -5,6 +5,7 @@ import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 
@@ -33,7 +34,7 @@ def server(monkeypatch):
         found = [
             (f"app_{end}", bool(enabled), 5, password and filters.scram_verifier(password), comment, False, [])
             for end, (enabled, password) in zip("ab", logins, strict=True)
-            for comment in [f"enabled {enabled}" if enabled else "idle"]
+            for comment in [f"enabled {enabled}T00:00:00Z" if enabled else "idle"]
         ]
         stored = {name: verifier or "" for name, _login, _limit, verifier, *_rest in found}
         salts = {name: verifier.rpartition("$")[0] for name, verifier in stored.items()}
@@ -44,7 +45,9 @@ def server(monkeypatch):
         params = {"port": 5432, "groups": [], "databases": [], "login_pairs": filters.without_passwords(pairs)}
         params["verifiers"] = filters.login_verifiers(pairs, salts)
         access = postgresql_access.Access(SimpleNamespace(params=params, check_mode=True))
+        monkeypatch.setattr(access, "do", noted := Mock(wraps=access.do))
         access.all()
+        run.comments = [call.args[-1] for call in noted.call_args_list if call.args[-1].startswith("enabled")]
         return [re.sub(" with the new password$", "", change) for change in access.changes]
 
     return run
@@ -67,3 +70,8 @@ def server(monkeypatch):
 )
 def test_a_run_ends_with_the_password_on_the_login_that_was_enabled_last(server, a, b, changes):
     assert server(a, b) == changes
+
+
+def test_a_login_that_is_enabled_after_the_clock_was_set_back_is_the_last_one_all_the_same(server):
+    assert server(("2199-12-31", OTHER), ("", "")) == ["enable login app_b"]
+    assert server.comments == ["enabled 2199-12-31T00:00:01Z"]

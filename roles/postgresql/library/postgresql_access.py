@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import calendar
 import time
 
 from ansible.module_utils.basic import AnsibleModule
@@ -97,8 +98,13 @@ def name_of(value: str) -> str:
     return "PUBLIC" if value == "public" else '"{}"'.format(value.replace('"', '""'))
 
 
-def now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+TIME = "%Y-%m-%dT%H:%M:%SZ"
+
+
+def now_after(comments: list[str]) -> str:
+    """Return the time, or where the clock has been set back since, a second after the latest of the comments."""
+    times = [calendar.timegm(time.strptime(item, f"enabled {TIME}")) + 1 for item in comments]
+    return time.strftime(TIME, time.gmtime(max([time.time(), *times])))
 
 
 class BlockedError(Exception):
@@ -210,7 +216,8 @@ class Access:
         return free[-1]
 
     def enable(self, name: str, verifiers: dict | None) -> None:
-        comment = f"enabled {now()}"
+        pair = [self.roles[name[:-1] + end]["comment"] for end in "ab"]
+        comment = f"enabled {now_after([item for item in pair if item.startswith('enabled')])}"
         if verifiers is None:
             self.do(f"prefer login {name} again", f"COMMENT ON ROLE {name_of(name)} IS %s", comment)
             return
