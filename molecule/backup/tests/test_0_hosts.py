@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from conftest import changes, controller, play
 from helpers import DRILL, RUN
 
 UNITS = ["dump", "base@full", "mark", "copy", "fetch@newest", "drill@dump", "report@dump", "status"]
@@ -91,3 +92,8 @@ def test_what_cannot_be_done_is_one_line_that_says_what_to_do(db, hide, verb, wo
     assert word in done.stderr
     assert done.stderr.startswith("postgresql-backup: ")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("limit", ["db1", "store1"])
+def test_a_run_that_is_limited_to_one_host_keeps_what_lets_the_two_meet(limit):
+    assert changes(controller(play("backup.yml") + f" --limit {limit} --check")) == []
