@@ -36,6 +36,8 @@ ENVIRONMENT = [
     "HOME=/root",
     "container=podman",
 ]
+#: A hardened host's (login.defs), which sudo hands on: what others than root must read says so itself.
+UMASK = "027"
 #: Where the first processes of containers are kept.
 KNOWN = Path(__file__).resolve().parents[2] / ".cache"
 
@@ -83,7 +85,7 @@ class Connection(ConnectionBase):
     def exec_command(self, cmd: str, in_data: bytes | None = None, sudoable: bool = True) -> tuple[int, bytes, bytes]:
         """Run a shell command in the container; return its exit code, output and error output."""
         super().exec_command(cmd, in_data=in_data, sudoable=sudoable)
-        command = [*inside(self.get_option("remote_addr")), "/bin/sh", "-c", cmd]
+        command = [*inside(self.get_option("remote_addr")), "/bin/sh", "-c", f"umask {UMASK}; {cmd}"]
         done = subprocess.run(command, input=in_data or b"", capture_output=True, check=False)
         return done.returncode, done.stdout, done.stderr
 

@@ -81,6 +81,7 @@ def main() -> None:
     module = AnsibleModule(
         argument_spec={"files": {"type": "list", "elements": "dict", "required": True}}, supports_check_mode=True
     )
+    os.umask(0o022)  # a hardened host's 027 would keep the directories from the users of the backups
     written, diff = [], []
     for file in module.params["files"]:
         wanted = (file.get("owner", "root"), file.get("group", "root"), int(file.get("mode", "0644"), 8))
