@@ -194,3 +194,10 @@ def test_invalid_configuration_is_refused(host):
     host.check_output("rm /tmp/bad.yaml")
     assert refused.rc != 0
     assert "config validation failed" in refused.stderr + refused.stdout
+
+
+def test_a_check_of_the_configuration_that_takes_too_long_says_so(host):
+    limited = "sed 's/RuntimeMaxSec=[0-9]*/RuntimeMaxSec=1/' /usr/local/lib/litellm/check-config"
+    done = host.run(f"{limited} | sh -s -- /opt/litellm/current /etc/litellm/config.yaml")
+    assert done.rc != 0
+    assert "result: timeout" in done.stderr
