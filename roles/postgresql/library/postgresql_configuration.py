@@ -250,6 +250,11 @@ def newer(paths: list[str], moment: float) -> list[str]:
     return [path for path in paths if os.path.exists(path) and os.stat(path).st_mtime > moment]
 
 
+def unread(paths: list[str], loaded: float) -> bool:
+    """Tell whether the server has to load the files; a load in the future, by a clock that was set back, is none."""
+    return loaded > time.time() or bool(newer(paths, loaded))
+
+
 def load_time(connection) -> float:
     return float(rows(connection, "SELECT extract(epoch FROM pg_conf_load_time())")[0][0])
 
@@ -259,7 +264,7 @@ def reload(connection) -> None:
     before = load_time(connection)
     rows(connection, "SELECT pg_reload_conf()")
     for _attempt in range(100):
-        if load_time(connection) > before:
+        if load_time(connection) != before:
             return
         time.sleep(0.1)
     raise UnreachableError("it did not load its configuration within 10 s")
@@ -307,7 +312,7 @@ def main() -> None:
         # Not running (or on another port until a restart): the next start reads everything.
         module.exit_json(**dict(result, restart_reasons=[] if module.check_mode else [str(unreachable)]))
     started = float(rows(connection, "SELECT extract(epoch FROM pg_postmaster_start_time())")[0][0])
-    if newer(watched, load_time(connection)):
+    if unread(watched, load_time(connection)):
         result.update(changed=True, reloaded=True)
         if not module.check_mode:
             try:
