@@ -16,7 +16,7 @@ def rendered(expression, **variables):
     """Return a Jinja expression's value, by the role's variables and these."""
     given = {"postgresql_backup_repository_passphrase": "none", **variables}
     files = [f"@{ROLE}/defaults/main.yml", f"@{ROLE}/vars/main.yml", json.dumps(given)]
-    command = ["ansible", "localhost", "-m", "debug", "-a", json.dumps({"msg": expression})]
+    command = ["ansible", "-i", "localhost,", "localhost", "-m", "debug", "-a", json.dumps({"msg": expression})]
     command += [word for file in files for word in ("-e", file)]
     environment = {**os.environ, "ANSIBLE_CALLBACK_RESULT_FORMAT": "json"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
