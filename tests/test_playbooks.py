@@ -143,3 +143,16 @@ def test_a_gateway_asks_the_database_at_its_own_port(tmp_path):
         command = ["ansible-playbook", "-i", str(tmp_path / "hosts.yml"), str(tmp_path / "play.yml")]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert f"port={port}\n" in done.stdout, done.stdout
+
+
+@pytest.mark.parametrize(("address", "url"), [("127.0.0.1", "http://127.0.0.1:4000"), ("::1", "http://[::1]:4000")])
+def test_the_validation_finds_instances_on_an_ipv6_address(tmp_path, address, url):
+    play = next(play for play in yaml.safe_load((ROOT / "playbooks/litellm.yml").read_text()) if "roles" in play)
+    urls = play["roles"][0]["vars"]["litellm_logger_gateway_urls"]
+    children = {"postgresql": {"hosts": {"db1": {}}}, "litellm": {"hosts": {"gw1": {"litellm_bind_address": address}}}}
+    (tmp_path / "hosts.yml").write_text(yaml.safe_dump({"all": {"children": children}}))
+    show = {"ansible.builtin.debug": {"msg": "urls={{ urls | join(' ') }}"}, "vars": play["vars"] | {"urls": urls}}
+    (tmp_path / "play.yml").write_text(yaml.safe_dump([{"hosts": "litellm", "gather_facts": False, "tasks": [show]}]))
+    command = ["ansible-playbook", "-i", str(tmp_path / "hosts.yml"), str(tmp_path / "play.yml")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert f"urls={url} " in done.stdout, done.stdout
