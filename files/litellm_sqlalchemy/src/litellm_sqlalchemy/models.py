@@ -94,7 +94,7 @@ class Request(Base):
     __table_args__ = (
         _one_of("payload_encoding", PAYLOAD_ENCODINGS),
         _one_of("origin", ORIGINS),
-        Index("ix_requests_call_id_hash", hashed("call_id")),
+        Index("ix_requests_call_id_hash_created_at", hashed("call_id"), "created_at"),
         Index(None, "created_at", postgresql_using="brin"),
         Index("ix_requests_model_hash_created_at", hashed("model"), "created_at"),
         Index("ix_requests_key_prefix_created_at", func.left(text("key_hash"), KEY_PREFIX_LENGTH), "created_at"),

@@ -159,17 +159,24 @@ def find_calls(connection: Connection, identifier: str, limit: int = 100) -> lis
 
     Clients may choose the call id, so that there can be any number of them.
     """
-    query = calls_view().add_columns(
+    by_id = _as_uuid(identifier)
+    if by_id is not None and (found := _rows(connection, _whole_calls().where(Request.id == by_id))):
+        return found
+    return _rows(connection, find_calls_query(identifier, limit))
+
+
+def find_calls_query(identifier: str, limit: int) -> Select[Any]:
+    """Return the query of `find_calls` for a LiteLLM call id."""
+    return _whole_calls().where(*has_call_id(identifier)).order_by(Request.created_at.desc()).limit(limit)
+
+
+def _whole_calls() -> Select[Any]:
+    return calls_view().add_columns(
         Request.payload_encoding.label("request_encoding"),
         Request.payload.label("request"),
         Response.payload_encoding.label("response_encoding"),
         Response.payload.label("response"),
     )
-    by_id = _as_uuid(identifier)
-    if by_id is not None and (found := _rows(connection, query.where(Request.id == by_id))):
-        return found
-    query = query.where(*has_call_id(identifier)).order_by(Request.created_at.desc()).limit(limit)
-    return _rows(connection, query)
 
 
 def has_call_id(identifier: str) -> tuple[ColumnElement[bool], ColumnElement[bool]]:

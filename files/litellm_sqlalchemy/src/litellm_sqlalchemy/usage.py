@@ -55,7 +55,8 @@ def create_statements() -> list[str]:
     add = _ADD.format(source=_OF_RESPONSES.format(table="inserted"))
     return [
         "CREATE FUNCTION add_to_daily_usage() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER\n"
-        "SET search_path = public, pg_temp SET enable_hashjoin = off SET enable_mergejoin = off AS $$\n"
+        "SET search_path = public, pg_temp "
+        "SET enable_hashjoin = off SET enable_mergejoin = off SET enable_seqscan = off AS $$\n"
         f"BEGIN\n    {add};\n    RETURN NULL;\nEND $$",
         "CREATE TRIGGER add_to_daily_usage AFTER INSERT ON responses REFERENCING NEW TABLE AS inserted "
         "FOR EACH STATEMENT EXECUTE FUNCTION add_to_daily_usage()",

@@ -274,29 +274,53 @@ def test_indexes_are_used_without_their_names(reader: Connection) -> None:
     ]
     assert "ix_requests_key_prefix_created_at" in str(plans[0])
     assert "ix_requests_model_hash_created_at" in str(plans[1])
-    assert "ix_requests_call_id_hash" in str(plans[2])
+    assert "ix_requests_call_id_hash_created_at" in str(plans[2])
     assert "pk_requests" in str(plans[3])
     assert "Sort" not in str(plans[3]), "a team has no index: its calls are met on the way back in time"
 
 
+_INSERT = (
+    "INSERT INTO requests (id, created_at, gateway, origin, calls, stream, content_mode, redaction_version, "
+    "payload_size, call_id) SELECT gen_random_uuid(), clock_timestamp(), '', 'client', 1, false, 'full', 1, 0, "
+)
+
+
+def _pages(database: Database, statement: str) -> int:
+    """Return how many pages a statement reads, wherever they are."""
+    (((plan,),),) = database.query(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {statement}")
+    return int(plan["Plan"]["Shared Hit Blocks"] + plan["Plan"]["Shared Read Blocks"])
+
+
 def test_a_call_id_that_a_client_always_sends(reader: Connection, database: Database) -> None:
-    """To insert it once more reads no more pages than a new one does, and another one is found by the index."""
-    insert = (
-        "INSERT INTO requests (id, created_at, gateway, origin, calls, stream, content_mode, redaction_version, "
-        "payload_size, call_id) SELECT gen_random_uuid(), now(), '', 'client', 1, false, 'full', 1, 0, "
-    )
+    """To insert it once more, and to look up its latest calls, reads few pages; another one is found by the index."""
     for call_id in ("'always'", "number::text"):
-        database.execute(f"{insert} {call_id} FROM generate_series(1, 20000) AS number")
-    pages = []
-    for call_id in ("'always'", "'new'"):
-        (((plan,),),) = database.query(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {insert} {call_id}")
-        pages.append(plan["Plan"]["Shared Hit Blocks"] + plan["Plan"]["Shared Read Blocks"])
-    assert pages[0] < pages[1] + 20
+        database.execute(f"{_INSERT} {call_id} FROM generate_series(1, 20000) AS number")
+    assert _pages(database, f"{_INSERT} 'always'") < _pages(database, f"{_INSERT} 'new'") + 20
     for statement in ("SELECT 1", "ANALYZE requests"):  # without statistics, and with them
         database.execute(statement)
         reader.rollback()
         assert [row["call_id"] for row in queries.find_calls(reader, "first")] == ["first"]
-        assert reader.scalar(text("SELECT pg_stat_get_xact_numscans('ix_requests_call_id_hash'::regclass)")) == 1
+        index = "'ix_requests_call_id_hash_created_at'::regclass"
+        assert reader.scalar(text(f"SELECT pg_stat_get_xact_numscans({index})")) == 1
+    assert len(queries.find_calls(reader, "always")) == 100
+    assert _pages(database, _literal(queries.find_calls_query("always", 100))) < 1000
+
+
+def test_a_response_is_counted_by_its_requests_id(database: Database) -> None:
+    """Also where the plan was made when the planner took the table for empty."""
+    database.execute("TRUNCATE requests CASCADE", "ANALYZE requests")
+    ids = "SELECT lpad(number::text, 32, '0')::uuid, now()"
+    with database.server.connection(database.name) as connection, connection.cursor() as cursor:
+        cursor.execute("BEGIN")
+        for numbers in ("1, 1", "2, 2000"):
+            rows = f"FROM generate_series({numbers}) AS number"
+            cursor.execute(_INSERT.replace("SELECT gen_random_uuid(), clock_timestamp()", ids) + f"NULL {rows}")
+            cursor.execute(
+                "INSERT INTO responses (request_id, created_at, status, attempt_count, payload_size) "
+                f"{ids}, 'success', 1, 0 {rows}"
+            )
+        cursor.execute("SELECT pg_stat_get_xact_numscans('requests'::regclass)")
+        assert cursor.fetchone() == (0,)
 
 
 @pytest.mark.parametrize("mode", ["force_custom_plan", "force_generic_plan"])
@@ -304,7 +328,7 @@ def test_a_prepared_statement_finds_a_call_id_by_its_index(reader: Connection, m
     reader.execute(text(f"SET enable_seqscan = off; SET plan_cache_mode = {mode}"))
     same = "hashtextextended(call_id, 0) = hashtextextended($1, 0) AND call_id = $1"
     reader.execute(text(f"PREPARE find(text) AS SELECT call_id FROM calls WHERE {same}"))
-    assert "ix_requests_call_id_hash" in str(reader.execute(text("EXPLAIN EXECUTE find('first')")).all())
+    assert "ix_requests_call_id_hash_created_at" in str(reader.execute(text("EXPLAIN EXECUTE find('first')")).all())
     assert reader.execute(text("EXECUTE find('first')")).all() == [("first",)]
 
 
