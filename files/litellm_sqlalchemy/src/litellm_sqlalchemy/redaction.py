@@ -8,7 +8,7 @@ import orjson
 from pydantic_core import SchemaValidator, core_schema
 
 #: Version of the rules below, stored with every row: raise it with every change of what they remove.
-REDACTION_VERSION = 5
+REDACTION_VERSION = 6
 _REDACTED = "[redacted]"
 #: Keys whose string values are no content where they look like identifiers: these stay readable in `redacted` mode.
 _KEPT_KEYS = frozenset(
@@ -21,11 +21,18 @@ _CONTENT_KEYS = frozenset({"input", "arguments", "args", "parameters", "metadata
 _GUARDRAIL_KEYS = ("guardrail_name", "guardrail_mode", "guardrail_status", "duration")
 #: Keys of JSON objects whose values are credentials, as clients send them to LiteLLM.
 _SECRET_KEYS = (
-    r"(?:(?:api|private|secret)[_-]?key|access[_-]key(?:[_-]id)?|secret|[_-]token|password|credentials|authorization)"
+    r"(?:(?:api|private|secret)[_-]?keys?|access[_-]?key(?:[_-]?id)?|secrets?|[a-z_-]token|passwords?"
+    r"|credentials|authorization)"
 )
 
-#: How JSON, also within JSON, and URLs write a character: the `n` of `\n` is no part of the word behind it.
-_ESCAPES = (r"\\[bfnrt]", r"\\u[0-9A-Fa-f]{4}", "%[0-9A-Fa-f]{2}")
+#: How JSON, also within JSON, and URLs write a character, and how a terminal's colour ends: the `n` of `\n` and the `m`
+#: of `\u001b[31m` are no part of the word behind it.
+_ESCAPES = (r"\\[bfnrt]", r"\\u[0-9A-Fa-f]{4}", "%[0-9A-Fa-f]{2}", r"[\[0-9;][mK]")
+#: Characters of Base64: in JSON PHP writes `\/`, .NET `\u002B`, Gson `\u003d`, within JSON with more backslashes.
+_SLASH = r"\\{0,7}/"
+_BASE64 = rf"[\w+=]|{_SLASH}|\\{{1,8}}u00(?:2[Bb]|3[Dd])"
+#: A character as JSON escapes it that is no quote.
+_UNICODE = r"\\{1,8}u(?!002[27])[0-9A-Fa-f]{4}"
 
 
 def _begun(*prefixes: str) -> str:
@@ -49,30 +56,58 @@ def _finder(trace: str) -> Callable[[str], bool]:
     return SchemaValidator(core_schema.str_schema(pattern=trace, regex_engine="rust-regex")).isinstance_python
 
 
+def _of_key(quote: str, same: str, gap: str, text: str, once: str = "") -> str:
+    """Return a pattern of a secret's key and its value, or values where they are a list; the first group is kept.
+
+    `quote` is the pattern of a quote, and `same` that of the quotes behind it.
+    """
+    return (
+        rf"({quote}[\w-]*(?i:{_SECRET_KEYS}){same}\s*+:\s*+(?P<list>\[{gap})?+{same}){once}"
+        rf"{text}(?(list)(?:{same}{gap},{gap}{same}{text}|(?!))*+)"
+    )
+
+
+def _of_escaped_key(backslashes: int) -> str:
+    """Return that pattern for JSON within JSON, a backslash of which is that many of the whole; a quote has fewer.
+
+    The value ends before a quote: of the inner JSON, or of a string around it.
+    """
+    quote = rf'(?P<quote>\\(?<!\\\\)\\{{{backslashes // 2 - 1},{backslashes - 2}}}(?:"|u0022))'
+    same, backslash = "(?P=quote)", r"\\" * backslashes
+    gap = r"(?:\s|\\++[nrt]|(?!))*+"
+    text = rf'(?:[^"\\]++|(?<!\\)\\++(?!"|u0022)|{backslash}(?:{backslash}|{same}|u0022)|(?!))*+'
+    return _of_key(quote, same, gap, text, rf'(?![^"\\]{{0,5}}(?:{same}|"))')
+
+
 #: What is removed: a trace that every text has which the shape is found in, the whole shape, and what stands in its
-#: place. The first two are values of keys, in JSON and in JSON within JSON, as the arguments of tools are: its quotes
-#: are escaped, by up to 15 backslashes, the second group of the second shape. A backslash of the inner JSON is one more
-#: of them (`\2\\`); the value ends at a quote of the inner JSON, or before that of a string around it. The others show
-#: by their shape. What was JSON is JSON afterwards: no shape takes a part of an escape, or the quote behind a string.
+#: place. The first are values of keys, in JSON and in JSON within JSON, as the arguments of tools are: its quotes are
+#: escaped, by up to 15 backslashes, and written `\u0022` by .NET. The others show by their shape. What was JSON is JSON
+#: afterwards: no shape takes a part of an escape, or the quote behind a string.
 #: Clients choose what is searched here, in the gateway's event loop: no shape may be looked for from many places of the
 #: same run of characters (hence the lookbehinds, and `*+` and `++`, which give nothing back).
+#: `(?!)`: before Python 3.11.5 a `(...)*+` goes on where its last try gave up (python/cpython#100061).
 _TRACES = (
     (
         rf'(?i-u:{_SECRET_KEYS})"(?-u:\s)*:',
-        rf'(?is:("[\w-]*{_SECRET_KEYS}"\s*+:\s*+")(?:[^"\\]++|\\.)*+(?:"|\\?\Z))',
+        _of_key('"', '"', r"\s*+", r'(?s:[^"\\]++|\\.)*+') + r'(?:"|\\?\Z)',
         rb'\1[redacted]"',
     ),
-    (
-        rf'(?i-u:{_SECRET_KEYS})\\{{1,15}}"(?-u:\s)*:',
-        rf'(?i:((?<!\\)(\\{{1,15}})"[\w-]*{_SECRET_KEYS}\2"\s*+:\s*+\2")(?![^"\\]{{0,5}}(?:\2)?"))'
-        r'(?:[^"\\]++|(?<!\\)\\++(?!")|\2\\\2[\\"])*+(?:(\2")|(?=\\*+")|\Z)',
-        rb"\1[redacted]\3",
+    *(
+        (
+            rf'(?i-u:{_SECRET_KEYS})\\{{1,15}}(?:"|u0022)(?-u:\s)*:',
+            _of_escaped_key(backslashes),
+            rb"\1[redacted]",
+        )
+        for backslashes in (2, 4, 8, 16)
     ),
-    # database URL
-    (r"""://[^ \t\n\r\f\v/@"'\\]*@""", r"""(://)[^\s/@"'\\:]{0,128}:[^\s/@"'\\]{1,256}(?=@)""", rb"\1[redacted]"),
+    (  # database URL
+        rf""":{_SLASH}{_SLASH}[^ \t\n\r\f\v/@"']*@""",
+        rf"""(:{_SLASH}{_SLASH})(?:[^\s/@"'\\:]|{_UNICODE}){{0,128}}:(?:[^\s/@"'\\]|{_UNICODE}){{1,256}}(?=@)""",
+        rb"\1[redacted]",
+    ),
     (  # JSON Web Token, without the letters of an escape that it stands behind
         r"(?-u:eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]{8})",
-        r"(?<![\w-])((?>(?<=\\)(?:[bfnrt]|u[0-9A-Fa-f]{4})|))(?>[\w-]*?eyJ)[\w-]{8,}+\.[\w-]{8,}+\.[\w-]{8,}",
+        r"(?<![\w-])((?>(?<=\\)(?:[bfnrt]|u[0-9A-Fa-f]{4})|(?<=[\[;])[0-9]*[mK]|))(?>[\w-]*?eyJ)[\w-]{8,}+\.[\w-]{8,}+\.[\w-]{8,}",
         rb"\1[redacted]",
     ),
     *(
@@ -83,7 +118,10 @@ _TRACES = (
                 _begun("sk-") + r"[\w-]{16,}",
             ),
             (r"A[KS]IA[A-Z0-9]{16}", _begun("A[KS]IA") + r"[A-Z0-9]{16}\b"),  # Amazon
-            (r"(?i-u:secret_access_key[\s=:])", r"(?i:(?<=secret_access_key)[\s=:]{1,8})[\w+/=]{40}"),
+            (
+                r"(?i-u:secret_access_key[\s=:\\])",
+                rf"(?i:(?<=secret_access_key)(?:[\s=:]|\\{{1,8}}u003d){{1,8}})(?:{_BASE64}){{40}}",
+            ),
             (r"(?-u:AIza[\w-]{30})", _begun("AIza") + r"[\w-]{30,}"),  # Google
             (  # `\r8_` is a carriage return and no token
                 r"(?:gsk_|hf_|xai-|pplx-|r8_)[A-Za-z0-9]{20}",
@@ -94,20 +132,26 @@ _TRACES = (
                 r"(?-u:(?:glpat-|xox[a-z]-|hvs\.)[\w-]{16})",
                 _begun("glpat-", "xox[a-z]-", r"hvs\.") + r"[\w-]{16,}",
             ),
-            (r"(?i-u:bearer [\w~+/.=-]{16})", r"(?i:(?<=bearer )[\w~+/.=-]{16,})"),
-            (  # `(?!)`: before Python 3.11.5 a `(...)*+` goes on where its last try gave up (python/cpython#100061)
+            (
+                r"(?i-u:bearer [\w~+/.=\\-]{16})",
+                rf"(?<=(?i:bearer) )(?:[~.-]|{_BASE64}){{16}}(?:[~.-]|{_BASE64}|(?!))*+",
+            ),
+            (
                 r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
                 r'-----BEGIN [A-Z ]*PRIVATE KEY-----(?s:[^"\\-]++|\\.|-(?!----END [A-Z ]*PRIVATE KEY-----)|(?!))*+'
                 r'(?:-----END [A-Z ]*PRIVATE KEY-----|(?=")|\\?\Z)',
             ),
             # PostgreSQL's verifier
-            (r"SCRAM-SHA-256\$[0-9]+:", r"SCRAM-SHA-256\$\d+:[\w+/=]+\$[\w+/=]+:[\w+/=]+"),
+            (
+                r"SCRAM-SHA-256\$[0-9]+:",
+                rf"SCRAM-SHA-256\$\d+:(?:{_BASE64}|(?!))++\$(?:{_BASE64}|(?!))++:(?:{_BASE64}|(?!))++",
+            ),
             (r"AGE-SECRET-KEY-1[A-Z0-9]{30}", r"AGE-SECRET-KEY-1[A-Z0-9]{30,}"),
         )
     ),
 )
 _SECRETS = tuple((_finder(trace), re.compile(shape.encode()), replacement) for trace, shape, replacement in _TRACES)
-_has_a_trace = _finder("|".join(trace for trace, _, _ in _TRACES))
+_has_a_trace = _finder("|".join(dict.fromkeys(trace for trace, _, _ in _TRACES)))
 
 
 def scrubbed(content: bytes) -> bytes:
