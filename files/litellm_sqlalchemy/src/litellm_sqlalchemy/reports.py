@@ -182,7 +182,8 @@ def _print(rows: Sequence[Row], options: argparse.Namespace, columns: Sequence[s
     elif options.csv:
         writer = csv.writer(sys.stdout)
         writer.writerow(rows[0] if rows else columns)
-        writer.writerows([_cell(value) for value in row.values()] for row in rows)
+        shown = printable if sys.stdout.isatty() else str  # programs get every character
+        writer.writerows([shown(_cell(value)) for value in row.values()] for row in rows)
     else:
         _print_table(
             [[row[name] for name in columns or row] for row in rows], list(columns or (rows[0] if rows else ()))

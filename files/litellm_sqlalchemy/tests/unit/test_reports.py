@@ -63,6 +63,17 @@ def test_csv_runs_no_formula(cell: str, capsys: pytest.CaptureFixture[str]) -> N
     assert others[4].startswith('{"a": ')
 
 
+@pytest.mark.parametrize(("to_terminal", "shown"), [(True, _SHOWN), (False, _FORGED)])
+def test_csv_commands_no_terminal_and_is_exact_elsewhere(
+    to_terminal: bool, shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = io.StringIO(newline="")
+    monkeypatch.setattr(output, "isatty", lambda: to_terminal)
+    monkeypatch.setattr(reports.sys, "stdout", output)
+    reports._print([{"model": _FORGED, "calls": 1}], Namespace(json=False, csv=True))
+    assert list(csv.reader(io.StringIO(output.getvalue(), newline=""))) == [["model", "calls"], [shown, "1"]]
+
+
 def test_reasons_of_dead_letters(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     letter = Letter("p-1", "request", "c", "p", _FORGED, Frame(Kind.REQUEST, 1, b"{}", b""))
     monkeypatch.setattr(cli, "read_letters", lambda directory: [letter])
