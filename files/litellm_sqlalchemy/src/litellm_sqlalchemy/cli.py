@@ -23,6 +23,7 @@ from litellm_sqlalchemy.reports import add_verbs, printable
 from litellm_sqlalchemy.retention import removed_until
 from litellm_sqlalchemy.settings import SETTINGS_VARIABLE, LoggingSettings, Settings, as_mapping, load_settings
 from litellm_sqlalchemy.status import Known, acknowledge, read_known, spool_status, tables_status
+from litellm_sqlalchemy.users import as_owner
 from litellm_sqlalchemy.writer import run_writer
 
 _EXIT_CODES = "exit codes: " + ", ".join(f"{code.value} {code.name.lower()}" for code in ExitCode)
@@ -36,9 +37,10 @@ def main(arguments: list[str] | None = None) -> int:
         if options.settings:
             os.environ[SETTINGS_VARIABLE] = str(options.settings)
         _configure_logging(settings.logging)
-        code = int(options.verb(settings, options))
-        sys.stdout.flush()
-        return code
+        with as_owner(settings.spool.directory):
+            code = int(options.verb(settings, options))
+            sys.stdout.flush()
+            return code
     except LogError as error:
         print(f"litellm-sqlalchemy: {error}", file=sys.stderr)
         return int(error.exit_code)

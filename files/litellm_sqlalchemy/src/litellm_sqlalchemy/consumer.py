@@ -32,6 +32,7 @@ from litellm_sqlalchemy.spool import (
     Lock,
     has_ended,
     open_directory,
+    open_file,
     producers,
     read_counters,
     replace_file,
@@ -315,7 +316,7 @@ class Consumer:
         cursor = batch.cursor
         size = READ_SIZE
         seed = frames.seed_of(batch.producer)
-        with (folder / f"{cursor.segment:010}.seg").open("rb") as file:
+        with open_file(folder / f"{cursor.segment:010}.seg") as file:
             end = os.fstat(file.fileno()).st_size
             while cursor.offset < end:
                 data = os.pread(file.fileno(), size, cursor.offset)

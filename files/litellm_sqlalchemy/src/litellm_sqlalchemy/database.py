@@ -15,6 +15,7 @@ from sqlalchemy.exc import DBAPIError
 
 from litellm_sqlalchemy.errors import DatabaseError, SchemaError, SettingsError
 from litellm_sqlalchemy.settings import DatabaseSettings, load_credential
+from litellm_sqlalchemy.users import as_starter
 
 #: Seconds of silence after which TCP asks whether the other side is there, and milliseconds until unanswered data
 #: ends the connection (tcp(7)): a cut network is noticed in 20 s instead of the kernel's 15 minutes.
@@ -124,7 +125,8 @@ def make_engine(
     options = " ".join(f"-c {name}={value}" for name, value in session.items())
 
     def connect() -> Any:
-        connection = psycopg2.connect(**connection_arguments(settings, login, application), options=options)
+        with as_starter():  # only that user may read credentials and keys
+            connection = psycopg2.connect(**connection_arguments(settings, login, application), options=options)
         _open[engine].add(connection)
         return connection
 

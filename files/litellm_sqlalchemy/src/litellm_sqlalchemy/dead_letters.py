@@ -18,7 +18,7 @@ from litellm_sqlalchemy import frames
 from litellm_sqlalchemy.errors import LogError, SpoolError
 from litellm_sqlalchemy.frames import Frame
 from litellm_sqlalchemy.identifiers import uuid7
-from litellm_sqlalchemy.spool import Lock, make_directory, open_directory, replace_file, sync_directory
+from litellm_sqlalchemy.spool import Lock, make_directory, open_directory, open_file, replace_file, sync_directory
 
 #: In a folder of requeued dead letters: the names of those it was made of, and the producer of each call.
 REQUEUED_FILE = "requeued.json"
@@ -101,7 +101,8 @@ def bury(directory: Path, producer: str, frame: Frame, reason: str, origins: dic
 def read_origins(folder: Path) -> dict[str, str]:
     """Return the producer that each requeued call of a producer's folder came from; nothing for other folders."""
     try:
-        origins: dict[str, str] = json.loads((folder / _ORIGINS_FILE).read_bytes())
+        with open_file(folder / _ORIGINS_FILE) as file:
+            origins: dict[str, str] = json.load(file)
     except FileNotFoundError:
         return {}
     return origins

@@ -27,6 +27,7 @@ from litellm_sqlalchemy.retention import is_retired, open_segments
 from litellm_sqlalchemy.settings import Settings
 from litellm_sqlalchemy.spool import open_directory
 from litellm_sqlalchemy.usage import forget_user
+from litellm_sqlalchemy.users import as_starter
 from litellm_sqlalchemy.values import text as as_stored
 
 #: The user's calls, and whether each has ended: no call takes a day, whatever became of its response.
@@ -147,7 +148,8 @@ def _erase_frames(directory: Path, calls: set[str], result: Erasure, dry_run: bo
         status = os.fstat(file.fileno())
         for place in chosen:
             os.pwrite(file.fileno(), bytes(place.end - place.start), place.start)
-        os.utime(file.fileno(), ns=(status.st_atime_ns, status.st_mtime_ns))  # it says when the segment was retired
+        with as_starter():  # only a file's owner, and root, set a time of it: that at which it was retired
+            os.utime(file.fileno(), ns=(status.st_atime_ns, status.st_mtime_ns))
         os.fsync(file.fileno())
 
 

@@ -26,7 +26,7 @@ import re
 from bisect import bisect_left
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import BinaryIO, Self
 
 import orjson
 
@@ -112,6 +112,14 @@ def _share(made: Path | int, mask: int, parent: Path | None = None) -> None:
         os.chown(made, around.st_uid, around.st_gid)
     if has.st_mode & 0o7777 != mode:
         os.chmod(made, mode)
+
+
+def open_file(file: Path) -> BinaryIO:
+    """Open a file of the spool to read it, a link never. Raises OSError.
+
+    What is no frame goes to the dead letters: a link of the gateway's to the writer's password would bring it there.
+    """
+    return open(file, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW))
 
 
 def replace_file(file: Path, content: bytes, *, reserved: bool = False) -> None:
