@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
             sys.stdout.flush()
             return code
     except LogError as error:
-        print(f"litellm-sqlalchemy: {error}", file=sys.stderr)
+        print(f"litellm-sqlalchemy: {printable(str(error))}", file=sys.stderr)
         return int(error.exit_code)
     except KeyboardInterrupt:
         return 130
@@ -148,7 +148,7 @@ def _dead_letters(settings: Settings, options: argparse.Namespace) -> int:
         print(f"{len(letters)} dead letters requeued")
     else:
         for letter in letters:
-            print(f"{letter.id}  {letter.kind:<8}  {printable(letter.reason)}")  # it may quote what a client sent
+            print(printable(f"{letter.id}  {letter.kind:<8}  {letter.reason}"))  # whatever stands in the spool
         if not letters:
             print("no dead letters")
     return ExitCode.OK

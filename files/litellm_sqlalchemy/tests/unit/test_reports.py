@@ -75,11 +75,11 @@ def test_csv_commands_no_terminal_and_is_exact_elsewhere(
 
 
 def test_reasons_of_dead_letters(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    letter = Letter("p-1", "request", "c", "p", _FORGED, Frame(Kind.REQUEST, 1, b"{}", b""))
+    letter = Letter("p\x1b-1", "re\x9bquest", "c", "p", _FORGED, Frame(Kind.REQUEST, 1, b"{}", b""))
     monkeypatch.setattr(cli, "read_letters", lambda directory: [letter])
     settings: Any = Namespace(spool=Namespace(directory=None))
     cli._dead_letters(settings, Namespace(action="list", json=False, id=[]))
-    assert capsys.readouterr().out == f"p-1  request   {_SHOWN}\n"
+    assert capsys.readouterr().out == f"p\\x1b-1  re\\x9bquest  {_SHOWN}\n"
 
 
 @pytest.mark.parametrize("value", ["0001-01-01", "9999-12-31T23:59:59", "9999999d", "99999999999999w", "1969-12-31"])
