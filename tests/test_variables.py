@@ -68,7 +68,8 @@ def test_the_reference_is_up_to_date():
 @pytest.mark.parametrize("role", ROLES)
 def test_every_role_has_a_readme_of_one_screen(role):
     lines = (ROOT / "roles" / role / "README.md").read_text().splitlines()
-    assert lines[:1] == [f"# {role}"] and 10 <= len(lines) <= 60
+    assert lines[:1] == [f"# {role}"]
+    assert 10 <= len(lines) <= 60
 
 
 def test_a_kernel_that_leaves_some_more_memory_does_not_restart_the_server(tmp_path):

@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
         return 141
     except OSError as error:  # of a file in the spool, which it names
-        print(f"litellm-sqlalchemy: {error}", file=sys.stderr)
+        print(f"litellm-sqlalchemy: {printable(str(error))}", file=sys.stderr)
         return ExitCode.SPOOL
 
 

@@ -301,9 +301,9 @@ def test_a_call_id_that_a_client_always_sends(reader: Connection, database: Data
         reader.rollback()
         assert [row["call_id"] for row in queries.find_calls(reader, "first")] == ["first"]
         index = "'ix_requests_call_id_hash_created_at'::regclass"
-        assert reader.scalar(text(f"SELECT pg_stat_get_xact_numscans({index})")) == 1
+        assert reader.scalar(text(f"SELECT pg_stat_get_xact_numscans({index})"))
     assert len(queries.find_calls(reader, "always")) == 100
-    assert _pages(database, _literal(queries.find_calls_query("always", 100))) < 1000
+    assert _pages(database, _literal(queries.find_calls_query("always", 100))) < 250
 
 
 def test_a_response_is_counted_by_its_requests_id(database: Database) -> None:
@@ -319,8 +319,8 @@ def test_a_response_is_counted_by_its_requests_id(database: Database) -> None:
                 "INSERT INTO responses (request_id, created_at, status, attempt_count, payload_size) "
                 f"{ids}, 'success', 1, 0 {rows}"
             )
-        cursor.execute("SELECT pg_stat_get_xact_numscans('requests'::regclass)")
-        assert cursor.fetchone() == (0,)
+        cursor.execute("SELECT pg_stat_get_xact_tuples_returned('requests'::regclass)")  # those of sequential scans
+        assert cursor.fetchone()[0] < 100
 
 
 @pytest.mark.parametrize("mode", ["force_custom_plan", "force_generic_plan"])
