@@ -204,6 +204,81 @@ def test_a_previous_master_key_is_taken_for_the_present_one_until_its_end():
     assert seen == [{b"authorization": b"Bearer sk-new", b"x-api-key": b"sk-new", b"api-key": b"sk-older", b"a": b"b"}]
 
 
+async def exchange(application, *pieces, length=None):
+    """Send a request in pieces, all of which have to be read; return the status and the body of the answer."""
+    left, answer = list(pieces), []
+
+    async def receive():
+        return {"type": "http.request", "body": left.pop(0), "more_body": bool(left)}
+
+    async def send(message):
+        answer.append(message)
+
+    headers = [] if length is None else [(b"content-length", str(length).encode())]
+    await application({"type": "http", "headers": headers}, receive, send)
+    (start, body) = answer
+    assert not left
+    return start["status"], body["body"].decode()
+
+
+def answering(held=None, careless=False):
+    """Return an application that reads a body and says its size, when `held` lets it; or answers what it cannot."""
+
+    async def application(_scope, receive, send):
+        status, size, more = 200, 0, True
+        try:
+            while more:
+                message = await receive()
+                size, more = size + len(message["body"]), message["more_body"]
+        except Exception:
+            if not careless:
+                raise
+            status = 400
+        if held:
+            await held.wait()
+        await send({"type": "http.response.start", "status": status, "headers": []})
+        await send({"type": "http.response.body", "body": str(size).encode()})
+
+    return application
+
+
+MB = launcher.MEGABYTE
+
+
+def test_a_body_is_taken_up_to_its_limit():
+    around = launcher.LimitedBodies(answering(), 3 * MB)
+    assert asyncio.run(exchange(around, bytes(2 * MB), bytes(MB), length=3 * MB)) == (200, str(3 * MB))
+    assert around.held == 0
+
+
+@pytest.mark.parametrize("careless", [False, True])
+@pytest.mark.parametrize("length", [None, 1, 3 * MB + 1, 10**30])
+@pytest.mark.parametrize("pieces", [[2, 2], [2, 2, 1]])
+def test_a_body_that_is_too_large_is_read_and_not_kept(careless, length, pieces):
+    around = launcher.LimitedBodies(answering(careless=careless), 3 * MB)
+    status, said = asyncio.run(exchange(around, *[bytes(size * MB) for size in pieces], length=length))
+    assert status == 413
+    assert "3 MB are taken (litellm_max_request_mb)" in said
+    assert around.held == 0
+
+
+def test_large_bodies_are_refused_while_others_hold_as_much_as_all_may():
+    async def run():
+        held = asyncio.Event()
+        around = launcher.LimitedBodies(answering(held), 3 * MB)
+        others = [asyncio.create_task(exchange(around, bytes(3 * MB))) for _ in range(4)]
+        while around.held < 12 * MB:
+            await asyncio.sleep(0)
+        refused, said = await exchange(around, bytes(MB), bytes(1))
+        small = asyncio.create_task(exchange(around, bytes(MB)))
+        held.set()
+        return refused, said, await small, {status for status, _ in await asyncio.gather(*others)}, around.held
+
+    refused, said, small, others, left = asyncio.run(run())
+    assert (refused, small[0], others, left) == (503, 200, {200}, 0)
+    assert "try again" in said
+
+
 def test_garbage_is_collected_in_service_but_not_among_what_was_loaded():
     gc.disable()
     try:

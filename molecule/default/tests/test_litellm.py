@@ -186,6 +186,27 @@ def test_writer_reports_to_the_watchdog(host):
     wait_for(host, WRITER, lambda: show(host, WRITER, "WatchdogTimestampMonotonic") != before, seconds=30)
 
 
+#: Sends 300 MB, of no declared size and without a key, before it reads; arguments: address, port.
+UPLOAD = """
+import http.client, sys
+connection = http.client.HTTPConnection(sys.argv[1], int(sys.argv[2]), timeout=60)
+connection.request("POST", "/v1/chat/completions", (bytes(1 << 20) for _ in range(300)), {}, encode_chunked=True)
+print(connection.getresponse().status)
+"""
+
+
+def test_a_body_that_is_too_large_takes_no_memory(host):
+    status = f"/proc/{main_pid(host, GATEWAYS[0])}/status"
+    host.check_output("echo 5 > %s", status.replace("status", "clear_refs"))  # proc(5): the peak is what there is now
+
+    def megabytes(name):
+        return int(host.check_output("awk '$1 == \"%s:\" {print $2}' %s", name, status)) / 1024
+
+    before = megabytes("VmHWM")
+    assert host.check_output("python3 -c %s %s %s", UPLOAD, bind_address(host), FIRST_PORT) == "413"
+    assert megabytes("VmHWM") < before + 250, "300 MB, and what LiteLLM makes of them"
+
+
 def test_invalid_configuration_is_refused(host):
     """What the role runs before it puts a configuration in force."""
     release = host.check_output("readlink -f /opt/litellm/current")

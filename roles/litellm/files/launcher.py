@@ -11,6 +11,7 @@ import hmac
 import http.client
 import importlib.metadata
 import importlib.util
+import json
 import os
 import re
 import socket
@@ -25,6 +26,9 @@ PREVIOUS_KEYS = "key_LITELLM_MASTER_KEY_PREVIOUS.cred"
 HOOKS = "LITELLM_WORKER_STARTUP_HOOKS"
 #: A printable character as URLs encode it; what else is encoded stays so, or a client could make up lines of a log.
 ENCODED = re.compile(rb"%([2-6][0-9A-Fa-f]|7[0-9A-Ea-e])")
+MEGABYTE = 1024 * 1024
+#: Largest bodies that running calls may have together; beyond it, none of more than a megabyte is taken.
+LARGEST_TOGETHER = 4
 
 
 class PreviousKeys:
@@ -48,6 +52,80 @@ class PreviousKeys:
         if "headers" in scope:
             scope = scope | {"headers": [(name, self.translated(value)) for name, value in scope["headers"]]}
         await self.app(scope, receive, send)
+
+
+class BodyRefusedError(Exception):
+    """Ends what LiteLLM does with a request whose body is refused."""
+
+
+class LimitedBodies:
+    """An ASGI application around LiteLLM's that takes no body beyond a size, and not too many large ones at a time.
+
+    LiteLLM reads a body whole before it looks at the key: anybody could take an instance's memory, and with it the
+    calls of others.
+    """
+
+    def __init__(self, app: Any, largest: int) -> None:
+        """Take the size in bytes."""
+        self.app, self.largest, self.held = app, largest, 0
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        taken, more, status, answering = 0, True, 0, False
+
+        async def limited_receive() -> Any:
+            nonlocal taken, more, status
+            message = await receive()
+            more = message.get("more_body", False)
+            size = len(message.get("body", b""))
+            taken += size
+            self.held += size
+            if taken > self.largest:
+                status = 413
+            elif taken > MEGABYTE and self.held > LARGEST_TOGETHER * self.largest:
+                status = 503
+            if status:
+                raise BodyRefusedError
+            return message
+
+        async def limited_send(message: Any) -> None:
+            nonlocal answering
+            if not status or answering:
+                answering = True
+                await send(message)
+
+        try:
+            if declared(scope) > self.largest:
+                status = 413
+            else:
+                await self.app(scope, limited_receive, limited_send)
+        except Exception:
+            if not status or answering:
+                raise
+        finally:
+            self.held -= taken
+        if status and not answering:
+            while more:  # a client that sends all before it reads, and HAProxy with it, would wait for ever
+                more = (await receive()).get("more_body", False)
+            await self.refuse(status, send)
+
+    async def refuse(self, status: int, send: Any) -> None:
+        """Answer."""
+        reason = "This gateway has too many large requests at work: try again"
+        if status == 413:
+            reason = f"The request is too large: {self.largest // MEGABYTE} MB are taken (litellm_max_request_mb)"
+        body = json.dumps({"error": {"message": reason, "type": "request_refused", "code": str(status)}}).encode()
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+
+def declared(scope: Any) -> int:
+    """Return the size of the body that a request declares; 0 where it declares none."""
+    value = dict(scope["headers"]).get(b"content-length", b"")
+    return int(value) if value.isdigit() else 0
 
 
 class Scrubbed:
@@ -81,6 +159,7 @@ def keep_secrets_out_of_the_journal() -> None:
 def go_into_service() -> None:
     """LiteLLM calls this hook at its start, when all is loaded and its middleware is built."""
     leave_out_what_is_loaded()
+    limit_bodies()
     accept_previous_keys()
 
 
@@ -90,8 +169,16 @@ def leave_out_what_is_loaded() -> None:
     gc.enable()
 
 
+def limit_bodies() -> None:
+    """Stand around LiteLLM's application where there is a limit."""
+    from litellm.proxy.proxy_server import app
+
+    if megabytes := int(os.environ["GATEWAY_MAX_REQUEST_MB"]):
+        app.middleware_stack = LimitedBodies(app.middleware_stack, megabytes * MEGABYTE)
+
+
 def accept_previous_keys() -> None:
-    """Stand around LiteLLM's application."""
+    """Stand around LiteLLM's application where there are previous keys."""
     from litellm.proxy.proxy_server import app
 
     file = Path(os.environ["CREDENTIALS_DIRECTORY"]) / PREVIOUS_KEYS
