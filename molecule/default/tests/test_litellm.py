@@ -203,7 +203,7 @@ def test_a_body_that_is_too_large_takes_no_memory(host):
         return int(host.check_output("awk '$1 == \"%s:\" {print $2}' %s", name, status)) / 1024
 
     before = megabytes("VmHWM")
-    assert host.check_output("python3 -c %s %s %s", UPLOAD, bind_address(host), FIRST_PORT) == "413"
+    assert host.check_output("python3 -c %s %s %s", UPLOAD, bind_address(host), str(FIRST_PORT)) == "413"
     assert megabytes("VmHWM") < before + 250, "300 MB, and what LiteLLM makes of them"
 
 
