@@ -30,6 +30,7 @@ from sqlalchemy import (
     Numeric,
     SmallInteger,
     Text,
+    TextClause,
     Uuid,
     event,
     func,
@@ -52,12 +53,12 @@ ORIGINS = ("client", "health_check", "internal")
 KEY_PREFIX_LENGTH = 7
 
 
-def hashed(column: str) -> ColumnElement[int]:
-    """Return the hash of a text column, for a B-tree.
+def hashed(value: ColumnElement[str] | TextClause | str) -> ColumnElement[int]:
+    """Return the hash of a text, for a B-tree and for who looks something up by it.
 
     A hash index (`USING hash`) would walk all entries of a value at each insert of it: clients choose call ids.
     """
-    return func.hashtextextended(text(column), text("0"))
+    return func.hashtextextended(value, text("0"))
 
 
 def _one_of(column: str, values: tuple[str, ...]) -> CheckConstraint:
@@ -94,9 +95,9 @@ class Request(Base):
     __table_args__ = (
         _one_of("payload_encoding", PAYLOAD_ENCODINGS),
         _one_of("origin", ORIGINS),
-        Index("ix_requests_call_id_hash_created_at", hashed("call_id"), "created_at"),
+        Index("ix_requests_call_id_hash_created_at", hashed(text("call_id")), "created_at"),
         Index(None, "created_at", postgresql_using="brin"),
-        Index("ix_requests_model_hash_created_at", hashed("model"), "created_at"),
+        Index("ix_requests_model_hash_created_at", hashed(text("model")), "created_at"),
         Index("ix_requests_key_prefix_created_at", func.left(text("key_hash"), KEY_PREFIX_LENGTH), "created_at"),
         Index(None, "user_id", "created_at", postgresql_where="user_id IS NOT NULL"),
     )

@@ -24,7 +24,7 @@ from sqlalchemy import (
 )
 
 from litellm_sqlalchemy.identifiers import first_id_at
-from litellm_sqlalchemy.models import KEY_PREFIX_LENGTH, DailyUsage, Request, Response
+from litellm_sqlalchemy.models import KEY_PREFIX_LENGTH, DailyUsage, Request, Response, hashed
 from litellm_sqlalchemy.views import ERROR_DIMENSIONS, call_day, calls_view, count_errors, key_name
 
 Row = dict[str, Any]
@@ -248,8 +248,7 @@ def errors(connection: Connection, selection: Selection) -> list[Row]:
 
 def _same_hash(column: ColumnElement[Any], value: str) -> ColumnElement[bool]:
     """Return what an index on a column's hash finds: all that is equal, and what has the same hash by chance."""
-    zero: ColumnElement[int] = literal_column("0")
-    return func.hashtextextended(column, zero) == func.hashtextextended(value, zero)
+    return hashed(column) == hashed(value)
 
 
 def _rows(connection: Connection, query: Select[Any]) -> list[Row]:

@@ -208,9 +208,8 @@ def load_credential(settings: DatabaseSettings, name: str) -> Credential:
     candidates = [settings.credentials_directory / f"{name}.json"]
     if directory := os.environ.get("CREDENTIALS_DIRECTORY"):
         candidates.insert(0, Path(directory) / f"{name}.json")
-    file = next(
-        filter(os.path.exists, candidates), candidates[-1]
-    )  # not `Path.exists`: it raises where access is denied
+    # Not by `Path.exists`, which raises where access is denied.
+    file = next(filter(os.path.exists, candidates), candidates[-1])
     try:
         return Credential.model_validate(json.loads(file.read_bytes()))
     except OSError as error:
