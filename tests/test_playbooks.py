@@ -145,6 +145,24 @@ def test_a_gateway_asks_the_database_at_its_own_port(tmp_path):
         assert f"port={port}\n" in done.stdout, done.stdout
 
 
+@pytest.mark.parametrize(
+    ("options", "reached"),
+    [((), 1), (("-e", "litellm_serial=50%"), 2), (("-e", "rotate_emergency=true"), 4)],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
+)
+def test_a_gateway_that_fails_keeps_the_release_from_the_next_ones(tmp_path, options, reached):
+    play = next(play for play in yaml.safe_load((ROOT / "playbooks/litellm.yml").read_text()) if "roles" in play)
+    children = {"litellm": {"hosts": dict.fromkeys(("gw1", "gw2", "gw3", "gw4"))}}
+    (tmp_path / "hosts.yml").write_text(yaml.safe_dump({"all": {"children": children}}))
+    broken = {"hosts": "litellm", "gather_facts": False, "serial": play["serial"]}
+    broken["tasks"] = [{"ansible.builtin.fail": {"msg": "broken={{ inventory_hostname }}"}}]
+    (tmp_path / "play.yml").write_text(yaml.safe_dump([broken]))
+    command = ["ansible-playbook", "-i", str(tmp_path / "hosts.yml"), str(tmp_path / "play.yml"), *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert len(set(re.findall(r"msg: broken=(gw\d)", done.stdout))) == reached, done.stdout
+
+
 @pytest.mark.parametrize(("address", "url"), [("127.0.0.1", "http://127.0.0.1:4000"), ("::1", "http://[::1]:4000")])
 def test_the_validation_finds_instances_on_an_ipv6_address(tmp_path, address, url):
     play = next(play for play in yaml.safe_load((ROOT / "playbooks/litellm.yml").read_text()) if "roles" in play)
