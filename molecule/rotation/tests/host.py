@@ -136,7 +136,9 @@ def vault_library() -> VaultLib:
 
 
 def secrets() -> dict[str, Any]:
-    """Return the decrypted vault."""
+    """Return the decrypted vault, which may be lost."""
+    if not VAULT.exists():
+        return {}
     vault: dict[str, Any] = yaml.safe_load(vault_library().decrypt(VAULT.read_bytes()))
     return vault
 

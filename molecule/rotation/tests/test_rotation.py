@@ -26,6 +26,7 @@ from host import (
     INVENTORY,
     PROJECT,
     SCENARIO,
+    VAULT,
     accepted,
     address,
     ask,
@@ -471,6 +472,30 @@ def test_a_single_login_instead_of_the_pair_fails_requests() -> None:
     CONTROL.extend([rotations, len(control), len(failed)])
     assert failed
     assert all("authentication failed" in error for error in failed)
+
+
+def test_what_a_lost_vault_password_protected_is_made_anew(tmp_path: Path) -> None:
+    """As docs/operations/rotation.md says: without the vault and the key of the authority, whose passphrase it has."""
+    lost, calls = secrets(), int(psql("SELECT count(*) FROM requests")[0])
+    for path in (VAULT, INVENTORY / "pki"):
+        shutil.move(path, tmp_path)
+    run("playbooks/create-secrets.yml")
+    kept = re.search("^repo1-cipher-pass=(.+)$", in_host("cat", "/etc/pgbackrest.conf"), re.MULTILINE)
+    assert kept
+    edit_secrets(
+        {
+            "vault_litellm_provider_keys": lost["vault_litellm_provider_keys"],
+            "vault_postgresql_backup_repository_passphrase": kept[1],
+        }
+    )
+    run("site.yml")
+    assert accepted(lost, *PASSWORDS) == set()
+    assert accepted(secrets(), *PASSWORDS) == set(PASSWORDS)
+    KEY["present"] = secrets()["vault_litellm_master_key"]
+    assert "key1 " in ask(KEY["present"], "slow").text
+    in_host("litellm-sqlalchemy", "status")
+    assert int(psql("SELECT count(*) FROM requests")[0]) > calls
+    run("playbooks/take-backup.yml")
 
 
 def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
