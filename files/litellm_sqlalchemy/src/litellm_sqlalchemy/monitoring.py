@@ -16,9 +16,10 @@ from sqlalchemy import Engine
 
 from litellm_sqlalchemy.consumer import Consumer, Cursor, oldest_waiting
 from litellm_sqlalchemy.database import ErrorClass
-from litellm_sqlalchemy.errors import SettingsError
+from litellm_sqlalchemy.errors import SettingsError, SpoolError
 from litellm_sqlalchemy.settings import Settings
 from litellm_sqlalchemy.spool import HOOK_SECONDS, Counters, HookTimes, producers, read_counters, spool_size
+from litellm_sqlalchemy.status import Known, read_known
 
 _PREFIX = "litellm_sqlalchemy_"
 
@@ -142,6 +143,7 @@ class _SpoolCollector(Collector):
         yield from _of_hooks(hooks)
         for name, what, value in (
             ("dead_letters", "Dead letters that wait to be requeued", sum(1 for _ in directory.glob("dead/*.json"))),
+            ("lost_frames", "Frames damaged or dropped that `status --acknowledge` does not know", self._lost(living)),
             ("spool_bytes", "Size of the spool's segments", spool_size(directory)),
             ("spool_oldest_timestamp_seconds", "Time of the oldest record that waits; 0 without one", self._oldest()),
             ("gateway_dropped_frames", "Frames that living gateway processes had no space for",
@@ -166,6 +168,18 @@ class _SpoolCollector(Collector):
                      "interrupted"):  # fmt: skip
             result.add_metric([fate], getattr(totals, fate))
         return result
+
+    def _lost(self, living: dict[str, Counters]) -> int:
+        """Return what is lost, what living gateway processes have dropped since their last delivered frame included."""
+        totals, cursors = self._consumer.totals, self._consumer.cursors()
+        dropped = totals.dropped
+        for name, counters in living.items():
+            cursor = cursors.get(name, Cursor())
+            dropped += max(counters.dropped - cursor.dropped - cursor.undecided, 0)
+        known = Known()
+        with contextlib.suppress(SpoolError):  # it cannot be read: `status` says what to do
+            known = read_known(self._consumer.directory)
+        return max(totals.damaged - known.damaged, 0) + max(dropped - known.dropped, 0)
 
     def _oldest(self) -> float:
         directory, cursors = self._consumer.directory, self._consumer.cursors()

@@ -95,9 +95,9 @@ METRICS = {
     *(f'retries_created{{cause="{cause.value}"}}' for cause in ErrorClass),
     *(f"{name}_{sample}" for name in ("batch_frames", "batch_seconds", "commit_seconds")
       for sample in ("count", "sum", "created")),
-    "hook_seconds_count", "hook_seconds_sum", "calls_total", "hook_failures_total", "dead_letters", "spool_bytes",
-    "spool_oldest_timestamp_seconds", "gateway_dropped_frames", "gateway_unsynced_calls", "pool_connections",
-    "connections_total", "connections_created", "healthy",
+    "hook_seconds_count", "hook_seconds_sum", "calls_total", "hook_failures_total", "dead_letters", "lost_frames",
+    "spool_bytes", "spool_oldest_timestamp_seconds", "gateway_dropped_frames", "gateway_unsynced_calls",
+    "pool_connections", "connections_total", "connections_created", "healthy",
 }  # fmt: skip
 
 
@@ -125,6 +125,9 @@ def test_metrics(deployment: Deployment, database: Database, writer: WriterProce
         "damaged": 0, "dropped": 0, "interrupted": 0,
     }, "what was dropped last is known when a frame comes after it"  # fmt: skip
     assert found["gateway_dropped_frames"] == found["dead_letters"] == found["gateway_unsynced_calls"] == 1
+    assert found["lost_frames"] == 1
+    deployment.run("status", "--acknowledge")
+    assert metrics()["lost_frames"] == 0
     assert (found["hook_failures_total"], found["hook_seconds_count"]) == (1, 3)
     assert abs(found["hook_seconds_sum"] - 0.50045) < 1e-6
     assert writer.metrics()['litellm_sqlalchemy_hook_seconds_bucket{le="0.0005"}'] == 2
@@ -147,4 +150,4 @@ def test_metrics(deployment: Deployment, database: Database, writer: WriterProce
     producer.close()
     wait_until(lambda: not list((deployment.spool / "producers").iterdir()), "the gateway process is gone")
     assert metrics()["hook_seconds_count"] == 3, "what its hooks did is not forgotten"
-    assert metrics()['frames{fate="dropped"}'] == 1
+    assert (metrics()['frames{fate="dropped"}'], metrics()["lost_frames"]) == (1, 0), "it is still known"
