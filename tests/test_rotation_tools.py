@@ -349,6 +349,52 @@ def test_key_and_certificate_change_together_wherever_a_run_is_killed(tmp_path, 
     assert (tmp_path / "server.key").stat().st_mode & 0o777 == 0o600
 
 
+def test_when_certificates_end_is_told_of_the_first_of_a_chain_and_the_last_authority(tmp_path):
+    authority(tmp_path).keep()
+    one = authority(tmp_path)
+    short, long = (one.sign(request(), ["db1"], days) for days in (1, 90))
+    said = certificates.exposition("/etc/tls/", "server.crt", long + short, short + long)
+    end = {name: int(certificates.ends(pem)[0]) for name, pem in (("short", short), ("long", long))}
+    metric = "tls_certificate_not_after_timestamp_seconds"
+    assert [line for line in said.splitlines() if line[0] != "#"] == [
+        f'{metric}{{path="/etc/tls/server.crt"}} {end["short"]}',
+        f'{metric}{{path="/etc/tls/ca.crt"}} {end["long"]}',
+    ]
+    assert end["long"] - end["short"] == 89 * 86400
+
+
+def test_metrics_are_replaced_when_they_differ_where_nobody_else_writes(tmp_path):
+    owner = {"owner": pwd.getpwuid(os.getuid()).pw_name, "group": grp.getgrgid(os.getgid()).gr_name}
+    params = {"usage": "server", "directory": str(tmp_path), "group_reads_key": False, **owner}
+    file, mask = tmp_path / "prometheus/node-exporter/a.prom", os.umask(0o077)  # the module's
+
+    def fail(msg):
+        raise AssertionError(msg)
+
+    try:
+        for check_mode, content, changed in (
+            (True, "one", True),
+            (False, "one", True),
+            (False, "one", False),
+            (True, "two", True),
+            (False, "two", True),
+        ):
+            before = file.read_text() if file.exists() else ""
+            module = SimpleNamespace(params=params, check_mode=check_mode, fail_json=fail)
+            files = tls_files.Files(module)
+            files.check_metrics(str(file))
+            files.publish(str(file), content)
+            assert files.changed is changed
+            assert (file.read_text() if file.exists() else "") == (before if check_mode else content)
+    finally:
+        os.umask(mask)
+    assert [path.stat().st_mode & 0o777 for path in (file, *file.parents[:2])] == [0o644, 0o755, 0o755]
+    assert os.listdir(file.parent) == ["a.prom"]
+    file.parent.chmod(0o777)
+    with pytest.raises(AssertionError, match=r"node-exporter can be written by others .* mode 0755"):
+        files.check_metrics(str(file))
+
+
 def test_a_release_that_is_too_old_is_refused_before_it_is_switched_to(monkeypatch):
     monkeypatch.setattr(launcher.importlib.metadata, "version", lambda _: "1.82.8")
     with pytest.raises(SystemExit, match=r"LiteLLM 1\.82\.8 is installed there, and at least 1\.83\.9 is needed"):

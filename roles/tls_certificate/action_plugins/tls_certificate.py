@@ -86,6 +86,23 @@ def load(path: str) -> x509.Certificate | None:
         return x509.load_pem_x509_certificate(file.read())
 
 
+def ends(pem: str) -> list[int]:
+    """Return when the certificates of a file end, as Unix times."""
+    return [int(found.not_valid_after_utc.timestamp()) for found in x509.load_pem_x509_certificates(pem.encode())]
+
+
+def exposition(directory: str, name: str, certificate: str, authorities: str) -> str:
+    """Return as metrics when a certificate and what clients trust end.
+
+    A chain ends with the first of its certificates. Of two authorities, the newer one counts: it takes over.
+    """
+    times = {name: min(ends(certificate))} | ({"ca.crt": max(ends(authorities))} if authorities else {})
+    metric = "tls_certificate_not_after_timestamp_seconds"
+    samples = [f'{metric}{{path="{os.path.join(directory, file)}"}} {end}\n' for file, end in times.items()]
+    head = f"# HELP {metric} When the certificate in a file ends, as it was installed\n# TYPE {metric} gauge\n"
+    return head + "".join(samples)
+
+
 class Authority:
     """The certification authority in a directory of the controller."""
 
@@ -319,6 +336,7 @@ class ActionModule(ActionBase):
             "ca_common_name",
             "ca_days",
             "ca_passphrase",
+            "metrics_directory",
             "brought",
         )
     )
@@ -349,12 +367,22 @@ class ActionModule(ActionBase):
         common = {name: self._task.args[name] for name in ("directory", "owner", "group")}
         common["group_reads_key"] = self._task.args.get("group_reads_key", False)
         common["usage"] = self._task.args.get("usage", "server")
+        if metrics := self._task.args.get("metrics_directory"):
+            name = f"tls_certificate{common['directory'].rstrip('/').replace('/', '_')}.prom"
+            common["metrics_file"] = os.path.join(metrics, name)
         answer = self._execute_module(
             module_name="tls_certificate_files", module_args={**common, **arguments}, task_vars=self.variables
         )
         if answer.get("failed"):
             raise AnsibleActionFail(answer.get("msg", "the host gave no answer"), result=answer)
         return answer
+
+    def install(self, certificate: str, authorities: str, **more: str) -> dict:
+        """Install the files, and tell the node exporter when they end."""
+        usage_name = self._task.args.get("usage", "server")
+        trusted = authorities if usage_name == "server" else ""  # once is enough: a host has many clients
+        metrics = exposition(self._task.args["directory"], f"{usage_name}.crt", certificate, trusted)
+        return self.module(certificate=certificate, authorities=authorities, metrics=metrics, **more)
 
     def install_signed(self, result: dict, authority: Authority) -> dict:
         args = self._task.args
@@ -373,7 +401,7 @@ class ActionModule(ActionBase):
         certificate = answer["certificate"]
         if reason:
             certificate = authority.sign(answer["request"], names, int(args["days"]), args.get("usage", "server"))
-        installed = self.module(certificate=certificate, authorities=authority.trusted())
+        installed = self.install(certificate, authority.trusted())
         return dict(result, changed=changed or installed["changed"], reason=reason)
 
     def install_brought(self, result: dict, authority: Authority, *paths: str) -> dict:
@@ -398,5 +426,5 @@ class ActionModule(ActionBase):
                 if authority.trusted() != authorities:
                     authority.changed = True
                     write(authority.path("ca.crt"), authorities.encode(), 0o644)
-        installed = self.module(certificate=certificate, authorities=authorities, key=key)
+        installed = self.install(certificate, authorities, key=key)
         return dict(result, changed=authority.changed or installed["changed"], reason="")

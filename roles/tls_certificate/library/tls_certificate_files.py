@@ -7,6 +7,7 @@ import grp
 import os
 import pwd
 import shutil
+import stat
 import tempfile
 
 from ansible.module_utils.basic import AnsibleModule
@@ -62,6 +63,14 @@ options:
     description: Key in PEM to install, where it was not made here.
     type: str
     default: ""
+  metrics_file:
+    description: File for the node exporter's textfile collector; its directory is made when it is missing.
+    type: path
+    default: ""
+  metrics:
+    description: What to write into it.
+    type: str
+    default: ""
 author: The litellm-gateway authors
 """
 
@@ -115,33 +124,57 @@ class Files:
         except FileNotFoundError:
             return ""
 
-    def own(self, path, mode):
+    def own(self, path, mode, owner=None):
         """Give the path to its owner with this mode."""
-        now = os.stat(path)
-        if (now.st_uid, now.st_gid, now.st_mode & 0o7777) != (*self.owner, mode):
+        now, owner = os.stat(path), owner or self.owner
+        if (now.st_uid, now.st_gid, now.st_mode & 0o7777) != (*owner, mode):
             self.changed = True
             if not self.module.check_mode:
-                os.chown(path, *self.owner)
+                os.chown(path, *owner)
                 os.chmod(path, mode)
 
-    def write(self, name, content, mode):
+    def write(self, name, content, mode, owner=None):
         """Replace a file at once, when its content differs."""
         if not content:
             return
         if self.read(name) == content:
-            self.own(self.path(name), mode)
+            self.own(self.path(name), mode, owner)
             return
         self.changed = True
         if self.module.check_mode:
             return
-        handle, aside = tempfile.mkstemp(dir=self.directory, prefix=".new-")
+        handle, aside = tempfile.mkstemp(dir=os.path.dirname(self.path(name)), prefix=".new-")
         with os.fdopen(handle, "w") as file:
             file.write(content)
-            os.fchown(file.fileno(), *self.owner)
+            os.fchown(file.fileno(), *(owner or self.owner))
             os.fchmod(file.fileno(), mode)
             file.flush()
             os.fsync(file.fileno())
         os.rename(aside, self.path(name))
+
+    def check_metrics(self, path):
+        """Fail where somebody else could put a link in the way of the metrics."""
+        directory = os.path.dirname(path)
+        if not os.path.lexists(directory):
+            return
+        status = os.lstat(directory)
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid not in (0, os.geteuid()) or status.st_mode & 0o022:
+            seen = f"owner {status.st_uid}, mode {stat.filemode(status.st_mode)}"
+            self.module.fail_json(
+                msg=f"{directory} can be written by others ({seen}): give it to root with mode 0755, or name another "
+                "tls_certificate_metrics_directory."
+            )
+
+    def publish(self, path, content):
+        """Write metrics for everybody to read."""
+        if not os.path.isdir(os.path.dirname(path)):
+            self.changed = True
+            if self.module.check_mode:
+                return
+            mask = os.umask(0o022)
+            os.makedirs(os.path.dirname(path))
+            os.umask(mask)
+        self.write(path, content, 0o644, (os.geteuid(), os.getegid()))
 
     def link(self, target, name):
         """Point a name to a target at once; a file that has the name is replaced."""
@@ -225,11 +258,15 @@ def main():
             "certificate": {"type": "str", "default": ""},
             "authorities": {"type": "str", "default": ""},
             "key": {"type": "str", "default": "", "no_log": True},
+            "metrics_file": {"type": "path", "default": ""},
+            "metrics": {"type": "str", "default": ""},
         },
         supports_check_mode=True,
     )
     os.umask(0o077)
     files, params = Files(module), module.params
+    if params["metrics_file"]:
+        files.check_metrics(params["metrics_file"])
     if not os.path.isdir(files.directory):
         if module.check_mode:
             module.exit_json(changed=True, request="", pending=False, certificate="")
@@ -265,6 +302,8 @@ def install(files, params):
     files.write_pair(key, params["certificate"])
     if os.path.exists(waiting) and files.read(os.path.basename(waiting)) == key:
         os.unlink(waiting)
+    if params["metrics_file"]:
+        files.publish(params["metrics_file"], params["metrics"])
 
 
 if __name__ == "__main__":
