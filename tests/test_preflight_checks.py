@@ -212,6 +212,14 @@ def test_a_reference_to_the_vault_is_no_secret_in_clear():
     assert "secret-in-clear" not in found(run)[0]
 
 
+def test_the_ports_of_the_front_are_looked_at():
+    run = scene(gateway={"haproxy_bind_address": "10.0.0.7", "haproxy_metrics_port": 9465})
+    run.hosts[1].roles.append("haproxy")
+    assert "port 9465 is used by both haproxy_metrics_port and litellm_logger_settings.writer.listen" in found(run)[1]
+    run.hosts[1].values["haproxy_metrics_port"] = 0
+    assert found(run)[0] == set()
+
+
 def test_every_check_is_tested():
     assert CASES.keys() | TOLD_APART == preflight_checks.CHECKS.keys()
 

@@ -63,7 +63,7 @@ def test_the_system_runs(host: Host) -> None:
 
 def test_exactly_these_sockets_listen(host: Host, address: str) -> None:
     listening = {tuple(line.split()[i] for i in (0, 4)) for line in host.check_output("ss -Hltun").splitlines()}
-    addresses = (f"{address}:443", "127.0.0.1:5432", f"{address}:5432", *GATEWAYS, "127.0.0.1:9465")
+    addresses = (f"{address}:443", "127.0.0.1:5432", f"{address}:5432", *GATEWAYS, "127.0.0.1:8405", "127.0.0.1:9465")
     assert listening == {("tcp", name) for name in addresses}
 
 

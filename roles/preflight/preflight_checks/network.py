@@ -68,6 +68,8 @@ def ports(run: Run, host: Host) -> Iterator[Port]:
         number = as_number(run.value(host, "haproxy_port", 443))
         if number is not None:
             yield Port(number, "haproxy_port", addresses.get("haproxy_bind_address", ()), r"haproxy\.service")
+        if metrics := as_number(run.value(host, "haproxy_metrics_port", 8405)):
+            yield Port(metrics, "haproxy_metrics_port", ("127.0.0.1",), r"haproxy\.service")
     if "litellm_logger" in host.roles:
         settings = run.value(host, "litellm_logger_settings", {})
         writer = settings.get("writer") if isinstance(settings, dict) else None
