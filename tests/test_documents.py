@@ -1,4 +1,4 @@
-"""Documents cannot lie: every command that they show is one that exists, and what runs it is named here."""
+"""Documents and alerts cannot lie: every command that they show is one that exists, and what runs it is named here."""
 
 import functools
 import re
@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 # The package's own README is checked by the package's tests.
@@ -49,6 +50,7 @@ SHELLS = {"", "sh", "bash", "console", "shell"}
 COVERED = {
     r"systemctl (stop|start) postgresql-backup-snapshot\.timer": "molecule/backup runs it",
     r"sudo postgresql-backup (status|verify)": "molecule/backup runs it",
+    r"(systemctl status|journalctl -u) [\w@*' .-]+": "molecule/default/tests/test_monitoring.py finds the units",
     r"\(umask 077 && openssl rand -base64 32 > [\w~./-]+\)": "writes a password file, as test_create_secrets.py does",
     r"export (ANSIBLE_VAULT_PASSWORD_FILE|DEMO_PORT)=\S+": "sets a variable that tests/test_create_secrets.py sets",
     r"ansible-vault (edit|view) inventories/\w+/group_vars/all/vault\.yml": "tests/test_create_secrets.py views one",
@@ -118,6 +120,11 @@ def covered(command: str) -> bool:
     return False
 
 
+ALERTS = {
+    rule["alert"]: rule
+    for group in yaml.safe_load((ROOT / "files/prometheus/alerts.yml").read_text())["groups"]
+    for rule in group["rules"]
+}
 SHOWN = sorted({(str(path.relative_to(ROOT)), command) for path in DOCUMENTS for command in commands(path)})
 
 
@@ -130,6 +137,20 @@ def test_a_documented_command_is_covered(document, command):
 def test_links_lead_somewhere(path):
     targets = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", path.read_text())
     assert [target for target in targets if "://" not in target and not (path.parent / target).exists()] == []
+
+
+@pytest.mark.parametrize("alert", ALERTS)
+def test_an_alert_says_what_to_do(alert):
+    rule = ALERTS[alert]
+    assert rule["labels"]["severity"] in ("critical", "warning")
+    assert rule["for"]
+    assert rule["annotations"].keys() == {"summary", "description"}
+    description = rule["annotations"]["description"]
+    shown = [text for text in re.findall(r"`(.*?)`", description) if " " in text]
+    documents = re.findall(r"docs/[\w/.-]+\.md", description)
+    assert shown or documents
+    assert [command for command in shown if not covered(command)] == []
+    assert [document for document in documents if not (ROOT / document).exists()] == []
 
 
 def test_commands_are_found_in_documents():
