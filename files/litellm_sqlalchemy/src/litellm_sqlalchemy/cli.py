@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     letters = add("dead-letters", _dead_letters, "List what PostgreSQL refused for good, or give it another chance.")
     letters.add_argument("action", nargs="?", choices=("list", "requeue"), default="list", help="default: list")
-    letters.add_argument("id", nargs="*", help="letters to requeue; default: all")
+    letters.add_argument("id", nargs="*", help="letters, each with the other half of its call; default: all")
     replaying = add("replay", _replay, "Store again what was delivered since a time, after a restore of the database.")
     replaying.add_argument("--since", type=_moment, required=True, metavar="TIME", help="2026-11-23T14:30:00+00:00")
     erasing = add("erase", _erase, "Erase what is stored of a user; exit 1 when something of it is still under way.")
@@ -141,7 +141,7 @@ def _status(settings: Settings, options: argparse.Namespace) -> int:
 
 def _dead_letters(settings: Settings, options: argparse.Namespace) -> int:
     directory = settings.spool.directory
-    letters = requeue(directory, options.id) if options.action == "requeue" else read_letters(directory)
+    letters = (requeue if options.action == "requeue" else read_letters)(directory, options.id)
     if options.json:
         _print([{"id": one.id, "kind": one.kind, "call": one.call, "reason": one.reason} for one in letters])
     elif options.action == "requeue":

@@ -35,6 +35,7 @@ from litellm_sqlalchemy.spool import (
     open_file,
     producers,
     read_counters,
+    read_file,
     replace_file,
     reserve_space,
     segments,
@@ -236,13 +237,13 @@ class Consumer:
         for number, damage in enumerate(batch.damages):
             name = f"{batch.producer}-{batch.cursor.segment}-{batch.cursor.offset}-{number}.damaged"
             replace_file(self.directory / "dead" / name, damage.content)
-        origins = dead_letters.read_origins(self.directory / "producers" / batch.producer)
+        folder = self.directory / "producers" / batch.producer
+        origins = dead_letters.read_origins(folder) if delivery.dead else {}
         for letter in delivery.dead:
             if letter.frame.sequence:
                 dead_letters.bury(self.directory, batch.producer, letter.frame, letter.reason, origins)
         self._cursors[batch.producer] = batch.cursor
         self._save()
-        folder = self.directory / "producers" / batch.producer
         if batch.finished or not folder.is_dir():
             self._remove(folder)
             return
@@ -371,14 +372,14 @@ def read_state(directory: Path) -> tuple[Totals, dict[str, Cursor]]:
     """Return the counters and cursors that the writer left. Raises SpoolError."""
     file = directory / STATE_FILE
     try:
-        content: dict[str, Any] = orjson.loads(file.read_bytes())
+        content: dict[str, Any] = orjson.loads(read_file(file))
         losses = content.get("losses", {})
         cursors = {name: Cursor(**cursor, **losses.get(name, {})) for name, cursor in content["producers"].items()}
         hooks = HookTimes(**content["totals"].pop("hooks", {}))
         return Totals(**content["totals"], hooks=hooks), cursors
     except FileNotFoundError:
         return Totals(), {}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SpoolError(
             f"{file} is damaged ({error}): move it away; every frame is then delivered again, which adds no row twice"
         ) from None
@@ -391,7 +392,7 @@ def sequences(folder: Path, cursor: Cursor) -> Iterator[int]:
         if number < cursor.segment:
             continue
         try:
-            with file.open("rb") as segment:
+            with open_file(file) as segment:
                 segment.seek(cursor.offset if number == cursor.segment else 0)
                 data = segment.read()
         except FileNotFoundError:  # delivered meanwhile
@@ -404,11 +405,10 @@ def sequences(folder: Path, cursor: Cursor) -> Iterator[int]:
 def oldest_waiting(folder: Path, cursor: Cursor) -> float | None:
     """Return the time (Unix) of the oldest record of a producer that is not delivered, None where all is."""
     for number, file in segments(folder):
-        offset = cursor.offset if number == cursor.segment else 0
-        if number < cursor.segment or file.stat().st_size <= offset:
+        if number < cursor.segment:
             continue
-        with file.open("rb") as segment:
-            segment.seek(offset)
+        with open_file(file) as segment:
+            segment.seek(cursor.offset if number == cursor.segment else 0)
             first = next(frames.decode(segment.read(), complete=False, seed=frames.seed_of(folder.name)), None)
         if first is not None and isinstance(first[0], Frame):
             return float(orjson.loads(first[0].metadata)["created_at"]) / 1e6

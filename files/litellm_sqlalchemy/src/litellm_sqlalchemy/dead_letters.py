@@ -6,8 +6,11 @@ folder also says which gateway processes the calls came from: one that still liv
 """
 
 import base64
+import errno
 import json
+import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +21,24 @@ from litellm_sqlalchemy import frames
 from litellm_sqlalchemy.errors import LogError, SpoolError
 from litellm_sqlalchemy.frames import Frame
 from litellm_sqlalchemy.identifiers import uuid7
-from litellm_sqlalchemy.spool import Lock, make_directory, open_directory, open_file, replace_file, sync_directory
+from litellm_sqlalchemy.spool import (
+    Lock,
+    dead_letters,
+    make_directory,
+    open_directory,
+    producers,
+    read_file,
+    replace_file,
+    sync_directory,
+)
+
+_log = logging.getLogger(__name__)
 
 #: In a folder of requeued dead letters: the names of those it was made of, and the producer of each call.
 REQUEUED_FILE = "requeued.json"
 _ORIGINS_FILE = "origins.json"
+#: Errors of a file that `requeue` did not make: a link, a pipe, one of another user, or beside something else.
+_NOT_OURS = (errno.ELOOP, errno.EINVAL, errno.EACCES, errno.ENOTDIR)
 
 
 @dataclass(frozen=True)
@@ -37,53 +53,59 @@ class Letter:
     frame: Frame
 
 
-def read_letters(directory: Path) -> list[Letter]:
-    """Return the dead letters of a spool, requests first. Raises SpoolError."""
-    folder = open_directory(directory) / "dead"
-    try:
-        letters = [_read(file) for file in folder.glob("*.json")]
-    except OSError as error:
-        raise SpoolError(f"{folder} cannot be read: {error.strerror}") from None
-    return sorted(letters, key=lambda letter: (letter.frame.kind, letter.id))
-
-
-def requeue(directory: Path, ids: list[str]) -> list[Letter]:
-    """Put letters back into the spool, all without `ids`, each with the other half of its call; return them.
+def read_letters(directory: Path, ids: Sequence[str] = ()) -> list[Letter]:
+    """Return the dead letters of a spool, requests first: all, or those of `ids`, each with the other half of its call.
 
     Raises SpoolError, and LogError where one of them is not there.
     """
-    for earlier in (open_directory(directory) / "producers").glob(f"[!.]*/{REQUEUED_FILE}"):
-        remove_requeued(earlier.parent)  # a requeue that was killed half-way
-    letters = read_letters(directory)
+    try:
+        letters = [_read(file) for file in dead_letters(open_directory(directory))]
+    except OSError as error:
+        raise SpoolError(f"{error.filename or directory} cannot be read: {error.strerror}") from None
+    letters.sort(key=lambda letter: (letter.frame.kind, letter.id))
     if unknown := set(ids) - {letter.id for letter in letters}:
         raise LogError(f"no dead letter {min(unknown)}: see `litellm-sqlalchemy dead-letters list`")
     calls = {letter.call for letter in letters if not ids or letter.id in ids}
-    chosen = [letter for letter in letters if letter.call in calls]
-    if chosen:
+    return [letter for letter in letters if letter.call in calls]
+
+
+def requeue(directory: Path, ids: Sequence[str]) -> list[Letter]:
+    """Put the letters that `read_letters` returns back into the spool; return them. Raises like it."""
+    for earlier in producers(open_directory(directory)):
+        remove_requeued(directory / "producers" / earlier)  # a requeue that was killed half-way
+    letters = read_letters(directory, ids)
+    if letters:
         try:
-            _write(directory / "producers", chosen)
+            _write(directory / "producers", letters)
         except OSError as error:
             raise SpoolError(f"spool directory {directory}: {error.strerror}") from None
-    return chosen
+    return letters
+
+
+def _load(file: Path) -> Any:
+    """Return the JSON in a file. Raises OSError, ValueError."""
+    try:
+        return json.loads(read_file(file))
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
 
 
 def _read(file: Path) -> Letter:
     try:
-        content = json.loads(file.read_bytes())
+        content = _load(file)
         [(frame, _)] = frames.decode(base64.b64decode(content["frame"]), complete=True)
         if not isinstance(frame, Frame):
             raise ValueError(frame.reason)
+        return Letter(
+            file.stem,
+            str(content["kind"]),
+            call_of(metadata_of(frame)) or file.stem,
+            str(content.get("producer") or file.stem.rpartition("-")[0]),
+            str(content["reason"]),
+            frame,
+        )
     except (ValueError, KeyError, TypeError) as error:
         raise SpoolError(f"dead letter {file} is damaged: {error}; move it away") from None
-    producer = str(content.get("producer") or file.stem.rpartition("-")[0])
-    return Letter(
-        file.stem,
-        str(content["kind"]),
-        call_of(metadata_of(frame)) or file.stem,
-        producer,
-        str(content["reason"]),
-        frame,
-    )
 
 
 def bury(directory: Path, producer: str, frame: Frame, reason: str, origins: dict[str, str]) -> None:
@@ -100,21 +122,37 @@ def bury(directory: Path, producer: str, frame: Frame, reason: str, origins: dic
 
 def read_origins(folder: Path) -> dict[str, str]:
     """Return the producer that each requeued call of a producer's folder came from; nothing for other folders."""
-    try:
-        with open_file(folder / _ORIGINS_FILE) as file:
-            origins: dict[str, str] = json.load(file)
-    except FileNotFoundError:
-        return {}
-    return origins
+    return {call: str(producer) for call, producer in _content(folder / _ORIGINS_FILE, dict).items()}
 
 
 def remove_requeued(folder: Path) -> None:
-    """Remove the dead letters that a producer's folder was made of, now that it is durable."""
+    """Remove the dead letters that a producer's folder was made of, now that it is durable. Raises OSError."""
     file = folder / REQUEUED_FILE
-    if file.exists():
-        for name in json.loads(file.read_bytes()):
-            (folder.parent.parent / "dead" / f"{name}.json").unlink(missing_ok=True)
+    if names := set(map(str, _content(file, list))):
+        for letter in dead_letters(folder.parent.parent):
+            if letter.stem in names:
+                letter.unlink(missing_ok=True)
         file.unlink()
+
+
+def _content(file: Path, kind: type[Any]) -> Any:
+    """Return what a file in a folder of requeued letters holds; nothing where there is none, or none of ours.
+
+    Only `requeue` writes them, but a gateway could put one there, and must not stop the delivery by it. Raises OSError
+    where it may be another time.
+    """
+    try:
+        content = _load(file)
+        if not isinstance(content, kind):
+            raise ValueError(f"it holds no {kind.__name__}")
+    except FileNotFoundError:
+        return kind()
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno not in _NOT_OURS:
+            raise
+        _log.error("%r is damaged, and passed over: %s", str(file), error)
+        return kind()
+    return content
 
 
 def metadata_of(frame: Frame) -> dict[str, Any]:
@@ -131,10 +169,10 @@ def call_of(metadata: dict[str, Any]) -> str:
     return str(metadata.get("id") or metadata.get("request_id") or "")
 
 
-def _write(producers: Path, letters: list[Letter]) -> None:
+def _write(place: Path, letters: list[Letter]) -> None:
     name = str(uuid7())
     seed = frames.seed_of(name)
-    hidden = producers / f".{name}"
+    hidden = place / f".{name}"
     make_directory(hidden)
     lock = Lock(hidden / "lock")
     encoded = [
@@ -143,7 +181,7 @@ def _write(producers: Path, letters: list[Letter]) -> None:
     replace_file(hidden / REQUEUED_FILE, json.dumps([letter.id for letter in letters]).encode())
     replace_file(hidden / _ORIGINS_FILE, json.dumps({letter.call: letter.producer for letter in letters}).encode())
     replace_file(hidden / "0000000001.seg", b"".join(encoded))
-    os.rename(hidden, producers / name)
-    sync_directory(producers)
-    remove_requeued(producers / name)
+    os.rename(hidden, place / name)
+    sync_directory(place)
+    remove_requeued(place / name)
     lock.release()

@@ -25,7 +25,7 @@ from litellm_sqlalchemy.errors import SettingsError
 from litellm_sqlalchemy.frames import Frame
 from litellm_sqlalchemy.retention import is_retired, open_segments
 from litellm_sqlalchemy.settings import Settings
-from litellm_sqlalchemy.spool import open_directory
+from litellm_sqlalchemy.spool import open_directory, read_file
 from litellm_sqlalchemy.usage import forget_user
 from litellm_sqlalchemy.users import as_starter
 from litellm_sqlalchemy.values import text as as_stored
@@ -162,7 +162,7 @@ def _erase_letters(directory: Path, user: str, calls: set[str], result: Erasure,
         if letter.call in calls or user in _users(metadata_of(letter.frame))
     ]
     for damaged in directory.glob("dead/*.damaged"):
-        content = damaged.read_bytes()
+        content = read_file(damaged)
         if any(name in content for name in names):
             files.append(damaged)
     result.dead_letters = len(files)

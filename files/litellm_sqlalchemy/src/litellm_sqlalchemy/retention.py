@@ -18,7 +18,7 @@ from typing import BinaryIO, Literal
 from litellm_sqlalchemy import frames
 from litellm_sqlalchemy.frames import Frame
 from litellm_sqlalchemy.settings import SpoolSettings
-from litellm_sqlalchemy.spool import make_directory, make_file
+from litellm_sqlalchemy.spool import make_directory, make_file, open_file, producers, segments
 
 _PRUNE_INTERVAL = 60.0
 #: Part of the file system that stays free of retired segments, at least.
@@ -129,20 +129,32 @@ def delivered_since(directory: Path, since: float) -> Iterator[Frame]:
 
 
 def open_segments(directory: Path, mode: Literal["rb", "r+b"]) -> Iterator[tuple[Path, BinaryIO]]:
-    """Yield every segment of the spool, each open and with the place that it was found at; some may be retired."""
-    live = {(file.parent.name, file.name) for file in directory.glob("producers/[!.]*/*.seg")}
+    """Yield every segment of the spool, each open and with the place that it was found at; some may be retired.
+
+    Raises OSError where one of them, or a folder, cannot be read.
+    """
+    live = _segments_in(directory, "producers")
     # After the live ones: a segment that is retired meanwhile is found here.
-    retired = {(file.parent.name, file.name) for file in directory.glob("retired/*/*.seg")}
+    retired = _segments_in(directory, "retired")
     for producer, name in sorted(live | retired):
         for folder in ("producers", "retired"):  # where it goes, too, in this order
             segment = directory / folder / producer / name
             try:
-                file: BinaryIO = segment.open(mode)
+                file = open_file(segment, mode)
             except FileNotFoundError:  # retired or pruned meanwhile
                 continue
             with file:
                 yield segment, file
             break
+
+
+def _segments_in(directory: Path, place: str) -> set[tuple[str, str]]:
+    """Return the segments in the producers' folders of a place, as producer and name. Raises OSError."""
+    found = set()
+    for producer in producers(directory, place):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # gone meanwhile, or no folder
+            found |= {(producer, file.name) for _number, file in segments(directory / place / producer)}
+    return found
 
 
 def is_retired(segment: Path) -> bool:

@@ -18,15 +18,16 @@ segments that lie before the cursor.
 """
 
 import contextlib
+import errno
 import fcntl
-import json
 import logging
 import os
 import re
+import stat
 from bisect import bisect_left
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Self
+from typing import BinaryIO, Literal, Self
 
 import orjson
 
@@ -57,7 +58,7 @@ def open_directory(directory: Path, *, create: bool = False) -> Path:
         raise SpoolError(f"spool directory {directory} is not writable for uid {os.geteuid()}: check owner and mode")
     marker = directory / "format"
     try:
-        found = marker.read_text(errors="replace").strip()
+        found = read_file(marker).decode(errors="replace").strip()
     except FileNotFoundError:
         found = FORMAT
         if create:
@@ -114,12 +115,26 @@ def _share(made: Path | int, mask: int, parent: Path | None = None) -> None:
         os.chmod(made, mode)
 
 
-def open_file(file: Path) -> BinaryIO:
-    """Open a file of the spool to read it, a link never. Raises OSError.
+def open_file(file: Path, mode: Literal["rb", "r+b"] = "rb") -> BinaryIO:
+    """Open a file of the spool, never a link, nor a pipe that would be waited at. Raises OSError.
 
     What is no frame goes to the dead letters: a link of the gateway's to the writer's password would bring it there.
     """
-    return open(file, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW))
+    return open(file, mode, opener=_open_regular)
+
+
+def read_file(file: Path) -> bytes:
+    """Return what a file of the spool holds, opened likewise. Raises OSError."""
+    with open_file(file) as opened:
+        return opened.read()
+
+
+def _open_regular(name: str, flags: int) -> int:
+    descriptor = os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "Not a regular file", str(name))
+    return descriptor
 
 
 def replace_file(file: Path, content: bytes, *, reserved: bool = False) -> None:
@@ -252,12 +267,11 @@ class Counters:
 def read_counters(folder: Path) -> Counters:
     """Return the counters that the process of a producer's folder wrote; zeros for what it did not write."""
     try:
-        content = json.loads((folder / "counters.json").read_bytes())
-    except (OSError, ValueError):
-        content = {}
-    hooks = content.pop("hooks", {})
-    known = {name: content[name] for name in Counters.__dataclass_fields__ if name in content}
-    return Counters(**known, hooks=HookTimes(**hooks))
+        content = orjson.loads(read_file(folder / "counters.json"))
+        received, dropped, unsynced = (int(content.get(name, 0)) for name in ("received", "dropped", "unsynced"))
+        return Counters(received, dropped, unsynced, HookTimes(**content.get("hooks", {})))
+    except (OSError, ValueError, TypeError, AttributeError):  # none, or damaged
+        return Counters()
 
 
 def segments(folder: Path) -> list[tuple[int, Path]]:
@@ -266,10 +280,18 @@ def segments(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), folder / name) for match, name in found if match)
 
 
-def producers(directory: Path) -> list[str]:
-    """Return the producers that have a folder, oldest first."""
+def producers(directory: Path, place: str = "producers") -> list[str]:
+    """Return the producers that have a folder, oldest first; a name that nobody can print is none of theirs."""
     try:
-        return sorted(name for name in os.listdir(directory / "producers") if not name.startswith("."))
+        return sorted(name for name in os.listdir(directory / place) if name[0] != "." and name.isprintable())
+    except FileNotFoundError:
+        return []
+
+
+def dead_letters(directory: Path) -> list[Path]:
+    """Return the files of the dead letters. Raises OSError."""
+    try:
+        return [directory / "dead" / name for name in os.listdir(directory / "dead") if name.endswith(".json")]
     except FileNotFoundError:
         return []
 

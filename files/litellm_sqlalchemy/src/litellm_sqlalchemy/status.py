@@ -9,13 +9,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import orjson
 from sqlalchemy import Connection, text
 
 from litellm_sqlalchemy.consumer import Cursor, read_state, sequences
 from litellm_sqlalchemy.database import connected
 from litellm_sqlalchemy.errors import SpoolError
 from litellm_sqlalchemy.settings import Settings
-from litellm_sqlalchemy.spool import open_directory, producers, read_counters, replace_file, segments, spool_size
+from litellm_sqlalchemy.spool import (
+    dead_letters,
+    open_directory,
+    producers,
+    read_counters,
+    read_file,
+    replace_file,
+    segments,
+    spool_size,
+)
 
 _ACKNOWLEDGED_FILE = "acknowledged.json"
 #: Seconds that the writer may take to note what it has committed.
@@ -80,7 +90,7 @@ def spool_status(directory: Path) -> SpoolStatus:
         more_damaged, more_dropped = (cursor or Cursor()).losses(missing, producer.dropped)
         damaged += more_damaged
         dropped += more_dropped
-    dead = sum(1 for _ in directory.glob("dead/*.json"))  # requeued ones have gone back to what is received
+    dead = len(dead_letters(directory))  # requeued ones have gone back to what is received
     delivered = totals.delivered_requests + totals.delivered_responses
     return SpoolStatus(
         received=delivered + dead + damaged + dropped + spooled,
@@ -170,10 +180,10 @@ def read_known(directory: Path) -> Known:
     """Return what was acknowledged for a spool. Raises SpoolError."""
     file = directory / _ACKNOWLEDGED_FILE
     try:
-        return Known(**json.loads(file.read_bytes()))
+        return Known(**{name: int(value) for name, value in orjson.loads(read_file(file)).items()})
     except FileNotFoundError:
         return Known()
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise SpoolError(f"{file} cannot be read ({error}): remove it, and run status --acknowledge again") from None
 
 

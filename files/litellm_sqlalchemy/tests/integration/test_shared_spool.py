@@ -11,9 +11,11 @@ from support.harness import Harness
 from support.postgresql import Database, Server
 from support.processes import OTHER, Deployment, WriterProcess
 
-from litellm_sqlalchemy.consumer import Consumer
+from litellm_sqlalchemy.consumer import Consumer, Cursor, oldest_waiting, read_state
 from litellm_sqlalchemy.dead_letters import read_origins
 from litellm_sqlalchemy.errors import ExitCode
+from litellm_sqlalchemy.retention import open_segments
+from litellm_sqlalchemy.status import spool_status
 
 #: User and group of the gateway. The spool is the writer's, and the gateway's group may write in it.
 GATEWAY = 65533
@@ -99,17 +101,33 @@ def test_root_logs_in_as_root(deployment: Deployment, server: Server, database: 
         harness.close()
 
 
-def test_the_writer_reads_nothing_through_a_link(tmp_path: Path) -> None:
+def _link(file: Path) -> None:
+    file.symlink_to(file.parents[3] / "writer.json")
+
+
+@pytest.mark.parametrize(
+    ("plant", "problem"), [(_link, "Too many levels of symbolic links"), (os.mkfifo, "Not a regular file")]
+)
+def test_nothing_is_read_through_a_link_or_waited_for(
+    plant: Callable[[Path], None], problem: str, tmp_path: Path
+) -> None:
     """What is no frame becomes a dead letter, which the gateway may read."""
     (tmp_path / "writer.json").write_text('{"user": "litellm_writer_a", "password": "correct horse"}')
     (tmp_path / "spool").mkdir()
     consumer = Consumer(tmp_path / "spool")
     folder = tmp_path / "spool/producers/x"
     folder.mkdir()
-    for name in ("0000000001.seg", "origins.json"):
-        (folder / name).symlink_to(tmp_path / "writer.json")
+    for name in ("0000000001.seg", "origins.json", "counters.json", "state.json"):
+        plant(folder / name)
     assert [batch.damages for batch in consumer.batches(10)] == []
-    assert consumer.problem == f"{folder / '0000000001.seg'}: Too many levels of symbolic links"
-    with pytest.raises(OSError, match="Too many levels of symbolic links"):
-        read_origins(folder)
+    assert consumer.problem == f"{folder / '0000000001.seg'}: {problem}"
+    assert read_origins(folder) == {}
+    for reads in (
+        lambda: spool_status(tmp_path / "spool"),
+        lambda: oldest_waiting(folder, Cursor()),
+        lambda: read_state(folder),
+        lambda: [file.read() for _segment, file in open_segments(tmp_path / "spool", "r+b")],
+    ):
+        with pytest.raises(OSError, match=problem):
+            reads()
     consumer.close()

@@ -16,6 +16,8 @@ from litellm_sqlalchemy.recorder import Recorder
 from litellm_sqlalchemy.records import identifier
 from litellm_sqlalchemy.settings import SpoolSettings
 
+#: JSON that Python's parser gives up on.
+DEEP = "[" * 2000
 BODY = b'{"model":"demo","messages":[{"role":"user","content":"hello"}]}'
 
 

@@ -1,17 +1,21 @@
 """The command's exit codes, as far as no database is needed, and that it says one line where something is wrong."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from support.records import DEEP
 
 import litellm_sqlalchemy
 from litellm_sqlalchemy.cli import main
+from litellm_sqlalchemy.dead_letters import REQUEUED_FILE, bury
 from litellm_sqlalchemy.errors import ExitCode
-from litellm_sqlalchemy.frames import Kind
+from litellm_sqlalchemy.frames import Frame, Kind
 from litellm_sqlalchemy.producer import Producer
 from litellm_sqlalchemy.settings import SETTINGS_VARIABLE, SpoolSettings
 from litellm_sqlalchemy.spool import Lock
@@ -94,6 +98,56 @@ def test_a_reader_that_has_seen_enough(file: Path) -> None:
     assert (done.returncode, done.stderr) == (141, b"")
 
 
+def _bury(spool: Path, number: int, call: str, reason: str) -> str:
+    for name in ("dead", "producers"):
+        (spool / name).mkdir(exist_ok=True)
+    frame = Frame(Kind.REQUEST, number, f'{{"id":"{call}"}}'.encode(), b"")
+    bury(spool, "gateway", frame, reason, {})
+    return f"gateway-{number}"
+
+
+def test_dead_letters_by_their_ids(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spool = tmp_path / "spool"
+    first, other, half = (_bury(spool, number, call, "refused") for number, call in enumerate("aba", start=1))
+    assert main(["dead-letters", "list", first, "--json"]) == ExitCode.OK
+    assert [letter["id"] for letter in json.loads(capsys.readouterr().out)] == [first, half]
+    _fails(capsys, ["dead-letters", "list", "nobody"], ExitCode.FAILED, "no dead letter nobody")
+    assert main(["dead-letters", "requeue", first]) == ExitCode.OK
+    assert [one.stem for one in (spool / "dead").iterdir()] == [other]
+
+
+@pytest.mark.parametrize("content", ["", "{}", "17", '[["gateway-1"]]', '["../format"]', DEEP, None])
+def test_a_broken_list_of_requeued_letters(
+    content: str | None, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Somebody who has taken over a gateway may put it there."""
+    spool = tmp_path / "spool"
+    _bury(spool, 1, "a", "refused")
+    (spool / "producers" / "x").mkdir()
+    planted = spool / "producers" / "x" / REQUEUED_FILE
+    if content is None:
+        planted.symlink_to(tmp_path / "writer.json")
+    else:
+        planted.write_text(content)
+    (spool / "format.json").touch()
+    assert main(["dead-letters", "requeue"]) == ExitCode.OK
+    assert capsys.readouterr().out == "1 dead letters requeued\n"
+    assert (spool / "format.json").exists()
+
+
+@pytest.mark.parametrize("change", [{"kind": None}, {"frame": 17}, {"frame": ""}, None])
+def test_a_broken_dead_letter(
+    change: dict[str, Any] | None, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    letter = tmp_path / "spool" / "dead" / f"{_bury(tmp_path / 'spool', 1, 'a', 'refused')}.json"
+    content = {**json.loads(letter.read_bytes()), **(change or {})}
+    if content["kind"] is None:
+        del content["kind"]
+    letter.write_text(json.dumps(content) if change else DEEP)
+    for verb in ("list", "requeue"):
+        _fails(capsys, ["dead-letters", verb], ExitCode.SPOOL, "gateway-1.json is damaged")
+
+
 def test_settings(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _fails(capsys, ["settings", "--settings", str(tmp_path / "none")], ExitCode.SETTINGS, "does not exist")
     file.write_text("databse: {}")
@@ -111,13 +165,27 @@ def test_spool(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         _fails(capsys, verb, ExitCode.SPOOL, "has format '9', this version reads '1'")
     (spool / "format").unlink()
     (spool / "producers").touch()
+    (spool / "dead").touch()
     _fails(capsys, ["status"], ExitCode.SPOOL, f"Not a directory: '{spool}/producers'")
-    (spool / "state.json").write_text('{"tot')
-    _fails(capsys, ["status"], ExitCode.SPOOL, "state.json is damaged")
+    (spool / "producers").unlink()
+    _fails(capsys, ["status"], ExitCode.SPOOL, f"Not a directory: '{spool}/dead'")
+    _fails(capsys, ["dead-letters"], ExitCode.SPOOL, f"{spool}/dead cannot be read: Not a directory")
+    for content in ('{"tot', '{"totals":[],"producers":[]}', DEEP):
+        (spool / "state.json").write_text(content)
+        _fails(capsys, ["status"], ExitCode.SPOOL, "state.json is damaged")
     _fails(capsys, ["write"], ExitCode.SPOOL, "state.json is damaged")
     spool.rename(tmp_path / "elsewhere")
     for verb in (["write"], ["status"], ["dead-letters"]):
         _fails(capsys, verb, ExitCode.SPOOL, "does not exist: create it, or set `spool.directory`")
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '{"damaged": null}', '{"damaged": "x"}', '{"lost": 1}', DEEP])
+def test_broken_notes_of_what_is_known(
+    content: str, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "spool" / "acknowledged.json").write_text(content)
+    assert main(["status", "--spool-only"]) == ExitCode.SPOOL
+    assert "acknowledged.json cannot be read" in capsys.readouterr().err
 
 
 def test_locked(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -76,7 +76,7 @@ def test_csv_commands_no_terminal_and_is_exact_elsewhere(
 
 def test_reasons_of_dead_letters(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     letter = Letter("p\x1b-1", "re\x9bquest", "c", "p", _FORGED, Frame(Kind.REQUEST, 1, b"{}", b""))
-    monkeypatch.setattr(cli, "read_letters", lambda directory: [letter])
+    monkeypatch.setattr(cli, "read_letters", lambda directory, ids: [letter])
     settings: Any = Namespace(spool=Namespace(directory=None))
     cli._dead_letters(settings, Namespace(action="list", json=False, id=[]))
     assert capsys.readouterr().out == f"p\\x1b-1  re\\x9bquest  {_SHOWN}\n"

@@ -1,10 +1,10 @@
 """Delivered segments stay for a while, and a replay finds in them what a restored database has lost."""
 
 import time
-from pathlib import Path
 
 import pytest
 
+from litellm_sqlalchemy import retention
 from litellm_sqlalchemy.consumer import Consumer
 from litellm_sqlalchemy.frames import Kind
 from litellm_sqlalchemy.producer import Producer
@@ -64,10 +64,19 @@ def test_what_was_delivered_is_found_again_in_its_order(tmp_path, alive):
         producer.close()
 
 
+@pytest.mark.parametrize("place", ["producers", "retired"])
+def test_a_folder_that_cannot_be_read_is_not_passed_over(place, tmp_path):
+    """It may hold what a user wants erased."""
+    spool, _written = delivered(tmp_path)
+    (tmp_path / place / "x").symlink_to("x")
+    with pytest.raises(OSError, match="Too many levels of symbolic links"):
+        found(spool.directory)
+
+
 def test_a_segment_that_is_retired_as_it_is_looked_at_is_found(tmp_path, monkeypatch):
     producer = Producer(settings(tmp_path))
     written = append(producer)
-    usual, left = Path.open, True
+    usual, left = retention.open_file, True
 
     def opened(file, *arguments, **keywords):
         nonlocal left
@@ -76,7 +85,7 @@ def test_a_segment_that_is_retired_as_it_is_looked_at_is_found(tmp_path, monkeyp
             drain(settings(tmp_path))
         return usual(file, *arguments, **keywords)
 
-    monkeypatch.setattr(Path, "open", opened)
+    monkeypatch.setattr(retention, "open_file", opened)
     assert found(tmp_path) == written
     assert list(tmp_path.glob("retired/*/*.seg"))
     producer.close()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -15,12 +16,14 @@ from typing import Any
 import pytest
 import yaml
 from support.fakes import FakeStore
-from support.records import Ledger
+from support.records import BODY, DEEP, Ledger, request
 
 import litellm_sqlalchemy
 from litellm_sqlalchemy.consumer import producers
 from litellm_sqlalchemy.database import ErrorClass
+from litellm_sqlalchemy.dead_letters import read_origins
 from litellm_sqlalchemy.errors import ExitCode, SettingsError
+from litellm_sqlalchemy.frames import Kind
 from litellm_sqlalchemy.producer import Producer
 from litellm_sqlalchemy.settings import Settings, as_mapping
 from litellm_sqlalchemy.writer import Writer
@@ -50,6 +53,35 @@ def test_an_outage_is_not_over_because_a_gateway_process_has_ended(tmp_path: Pat
     assert not producers(settings.spool.directory)
     assert writer.health.problem() == ("retry", "no answer")
     writer._consumer.close()
+
+
+@pytest.mark.parametrize("name", ["counters.json", "origins.json", "requeued.json"])
+@pytest.mark.parametrize("content", ["", "17", "[[]]", '{"received": [], "hooks": {}}', '{"hooks": {"new": 1}}', DEEP])
+def test_what_stands_beside_the_frames_stops_no_delivery(name: str, content: str, tmp_path: Path) -> None:
+    """Somebody who has taken over a gateway may put anything there."""
+    settings, ledger, store = _settings(tmp_path), Ledger(), FakeStore()
+    writer, producer = Writer(settings), Producer(settings.spool)
+    writer._store = store  # type: ignore[assignment]
+    ledger.append(producer, Kind.REQUEST, "a", request("a"), BODY)
+    producer.close()
+    os.mkdir(os.fsencode(tmp_path / "spool" / "producers") + b"/\xff")
+    (tmp_path / "spool" / "producers" / producer._name / name).write_text(content)
+    while producers(settings.spool.directory):
+        writer.drain_once()
+    assert [status for _record, status in store.rows] == ["", "interrupted"]
+    writer._consumer.close()
+
+
+def test_a_list_that_cannot_be_opened_now_is_read_later(tmp_path: Path) -> None:
+    (tmp_path / "origins.json").write_text('{"call": "gateway"}')
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            read_origins(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert read_origins(tmp_path) == {"call": "gateway"}
 
 
 def test_the_database_is_not_asked_by_a_writer_that_shall_stop(tmp_path: Path) -> None:
