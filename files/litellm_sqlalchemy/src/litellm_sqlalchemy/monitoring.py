@@ -86,7 +86,7 @@ class Monitor:
         handler = type("Handler", (_Handler,), {"monitor": self})
         try:
             self._server = server((host.strip("[]"), int(port)), handler)
-        except (OSError, ValueError, OverflowError) as error:  # OverflowError: no port has that number
+        except (OSError, ValueError) as error:  # ValueError: no host can have that name
             raise SettingsError(f"`writer.listen` is {self._settings.writer.listen!r}: {error}") from None
         threading.Thread(target=self._server.serve_forever, name="monitor", daemon=True).start()
 

@@ -4,14 +4,15 @@ Every key has a default but `database.host`. A key that does not exist, a value 
 are errors that name the file and the key. No secret is ever a setting: credentials are files of their own.
 """
 
-import json
 import os
 import re
 import socket
 import subprocess
+import urllib.parse
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import orjson
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
@@ -48,7 +49,7 @@ class RoleSettings(_Section):
 class DatabaseSettings(_Section):
     """Where the tables are, and the pool of connections to them (SQLAlchemy's names)."""
 
-    host: str
+    host: Annotated[str, Field(min_length=1)]
     port: Annotated[int, Field(ge=1, le=65535)] = 5432
     name: str = "litellm"
     sslmode: Literal["disable", "require", "verify-ca", "verify-full"] = "verify-full"
@@ -78,6 +79,13 @@ class SpoolSettings(_Section):
     retain_size: Annotated[int, Field(ge=0)] = 1024**3
 
 
+def _address(value: str) -> str:
+    host, _, port = value.rpartition(":")
+    if not (host and port.isdecimal() and 0 < int(port) < 65536):
+        raise ValueError("it has to be host:port, with 0.0.0.0 or [::] as a host to listen everywhere")
+    return value
+
+
 class WriterSettings(_Section):
     """The process that drains the spool."""
 
@@ -85,7 +93,7 @@ class WriterSettings(_Section):
     batch_delay: Positive = 0.2
     statement_timeout: Positive = 60
     retry_delay_max: Positive = 5
-    listen: str | None = "127.0.0.1:9465"
+    listen: Annotated[str, AfterValidator(_address)] | None = "127.0.0.1:9465"
 
 
 Mode = Literal["full", "redacted", "metadata"]
@@ -140,13 +148,23 @@ class LoggingSettings(_Section):
     format: Literal["text", "json"] = "text"
 
 
+def _url(value: str) -> str:
+    parts = urllib.parse.urlsplit(value)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:  # port: ValueError above 65535
+        raise ValueError("it has to be http://host:port or https://host:port")
+    return value
+
+
+Url = Annotated[str, AfterValidator(_url)]
+
+
 class ValidationSettings(_Section):
     """The test request of `validate`, and the front (https://...) that clients reach the gateway by."""
 
-    gateway_urls: list[str] = []
+    gateway_urls: list[Url] = []
     gateway_key_file: Path | None = None
     model: str | None = None
-    front_url: str | None = None
+    front_url: Url | None = None
     front_ca_file: Path | None = None
 
 
@@ -162,11 +180,15 @@ class Settings(_Section):
     validation: ValidationSettings = ValidationSettings()
 
 
+#: What libpq takes.
+_Word = Annotated[str, Field(pattern=r"^[^\x00]+$")]
+
+
 class Credential(_Section):
     """A database login: `{"user": ..., "password": ...}` in a file of its own."""
 
-    user: str
-    password: str = Field(repr=False)
+    user: _Word
+    password: _Word = Field(repr=False)
 
 
 def settings_file() -> Path:
@@ -181,14 +203,14 @@ def load_settings(file: Path | None = None) -> Settings:
     """
     file = file or settings_file()
     try:
-        content = yaml.safe_load(file.read_text())
+        content = yaml.safe_load(file.read_bytes())
     except FileNotFoundError:
         raise SettingsError(
             f"settings file {file} does not exist: write it, or name another with --settings or {SETTINGS_VARIABLE}"
         ) from None
     except OSError as error:
         raise SettingsError(f"settings file {file} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, RecursionError) as error:
         where = str(error).replace("\n", " ")
         raise SettingsError(f"settings file {file} is not YAML: {where}") from None
     if not isinstance(content, dict):
@@ -211,7 +233,7 @@ def load_credential(settings: DatabaseSettings, name: str) -> Credential:
     # Not by `Path.exists`, which raises where access is denied.
     file = next(filter(os.path.exists, candidates), candidates[-1])
     try:
-        return Credential.model_validate(json.loads(file.read_bytes()))
+        return Credential.model_validate(orjson.loads(file.read_bytes()))
     except OSError as error:
         raise SettingsError(f"credential file {file} cannot be read: {error.strerror}") from None
     except ValueError:  # no details: they would quote the content
@@ -224,7 +246,10 @@ def read_key(file: Path) -> str:
     Raises SettingsError, OSError.
     """
     if file.suffix != ".cred":
-        return file.read_text().strip()
+        try:
+            return file.read_text("ascii").strip()
+        except UnicodeDecodeError:
+            raise SettingsError(f"key file {file} holds no key: not all of it is ASCII") from None
     command = ["systemd-creds", "decrypt", f"--name={file.stem}", str(file), "-"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
+from support.records import DEEP
 
 from litellm_sqlalchemy import settings
 from litellm_sqlalchemy.errors import SettingsError
@@ -37,11 +38,21 @@ def _error(tmp_path: Path, content: str | bytes) -> str:
         ({"database": {"host": "db1", "port": 70000}}, "`database.port` is 70000"),
         ({"database": {"host": "db1", "sslmode": "allow"}}, "`database.sslmode` is 'allow'"),
         ({"database": "db1"}, "`database` is 'db1'"),
+        ({"database": {"host": ""}}, "`database.host` is ''"),
+        *(
+            ({**MINIMUM, "validation": {"gateway_urls": [url]}}, f"`validation.gateway_urls.0` is '{url}': ")
+            for url in ("gateway1:4000", "", "ftp://h", "http://", "http://h:99999", "http://h:p", "http://[::1")
+        ),
+        ({**MINIMUM, "validation": {"front_url": "https://h:0"}}, "`validation.front_url` is 'https://h:0': "),
         ({**MINIMUM, "spool": {"fsync": "sometimes"}}, "`spool.fsync` is 'sometimes'"),
         ({**MINIMUM, "spool": {"segment_size": 10}}, "`spool.segment_size` is 10"),
         ({**MINIMUM, "spool": {"when_full": None}}, "`spool.when_full` is None"),
         ({**MINIMUM, "writer": {"batch_size": 0}}, "`writer.batch_size` is 0"),
         ({**MINIMUM, "writer": {"batch_delay": -1}}, "`writer.batch_delay` is -1"),
+        *(
+            ({**MINIMUM, "writer": {"listen": listen}}, f"`writer.listen` is '{listen}': ")
+            for listen in ("9465", ":9465", "127.0.0.1", "127.0.0.1:", "127.0.0.1:metrics", "127.0.0.1:94650", "h:0")
+        ),
         ({**MINIMUM, "writer": {"statement_timeout": float("inf")}}, "`writer.statement_timeout` is inf"),
         ({**MINIMUM, "content": {"mode": "some"}}, "`content.mode` is 'some'"),
         ({**MINIMUM, "logging": {"level": "LOUD"}}, "`logging.level` is 'LOUD'"),
@@ -55,6 +66,7 @@ def test_a_wrong_key_or_value_is_named(content: dict[str, Any], says: str, tmp_p
     ("content", "says"),
     [
         ("database: [", "is not YAML"),
+        (DEEP, "is not YAML"),
         ("- a\n- b\n", "must hold a mapping"),
         ("", "must hold a mapping"),
         (b"database: {host: \xff\xfe}", "is not"),
@@ -83,7 +95,14 @@ def test_the_least_that_is_needed(tmp_path: Path) -> None:
     assert settings.load_settings(file) == loaded, "what `settings` prints is a settings file"
 
 
-@pytest.mark.parametrize("content", ['{"user": "a"}', "no", '{"user": "a", "password": 17}', '["s3cret"]'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"user": "a"}', "no", '{"user": "a", "password": 17}', '["s3cret"]', DEEP, '{"user": "a", "password": ""}',
+        '{"user": "", "password": "s3cret"}', r'{"user": "a", "password": "s3cret\u0000"}',
+        r'{"user": "a", "password": "s3cret\ud800"}',
+    ],
+)  # fmt: skip
 def test_a_wrong_credential_is_named_and_never_quoted(
     content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

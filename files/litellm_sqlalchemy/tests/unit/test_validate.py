@@ -54,6 +54,13 @@ def test_an_url_that_no_gateway_answers(content: bytes, tmp_path: Path) -> None:
     assert result.seen.startswith(f"{url} is no gateway's: ")
 
 
+def test_a_key_file_that_holds_no_key(tmp_path: Path) -> None:
+    (tmp_path / "key").write_bytes(b"sk-\xff")
+    validation = {"gateway_urls": ["http://h"], "model": "demo", "gateway_key_file": tmp_path / "key"}
+    result = _check(tmp_path, "gateway.request[http://h]", {}, validation=validation)
+    assert result.seen == f"key file {tmp_path / 'key'} holds no key: not all of it is ASCII"
+
+
 def test_a_database_that_has_only_ipv6(tmp_path: Path) -> None:
     with _answering(b"N", "::1") as port:
         result = _check(tmp_path, "database.verify_full", {"host": "::1", "port": port, "sslrootcert": None})
