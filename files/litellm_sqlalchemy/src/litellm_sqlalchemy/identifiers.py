@@ -1,11 +1,11 @@
-"""Time-ordered identifiers (UUID version 7, RFC 9562) and the way back from an id to its time."""
+"""Time-ordered identifiers (UUID version 7, RFC 9562)."""
 
 import os
 import random
 import threading
 import time
 import uuid
-from datetime import UTC, datetime
+from datetime import datetime
 
 #: In milliseconds with 12 fraction bits.
 _SECOND = 1000 << 12
@@ -48,8 +48,3 @@ def first_id_at(moment: datetime) -> uuid.UUID:
     """
     milliseconds = max(int(moment.timestamp() * 1000), 0)
     return uuid.UUID(int=milliseconds << 80 | 7 << 76 | 0b10 << 62)
-
-
-def time_of(identifier: uuid.UUID) -> datetime:
-    """Return the moment (UTC, milliseconds) at which a UUIDv7 was made."""
-    return datetime.fromtimestamp((identifier.int >> 80) / 1000, UTC)

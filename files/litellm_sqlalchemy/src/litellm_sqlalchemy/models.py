@@ -37,7 +37,7 @@ from sqlalchemy import (
     text,
 )
 from sqlalchemy.dialects.postgresql import INET, JSONB
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 #: What a payload column holds. `json`: the body as it was, byte for byte. `text`: a body that is not JSON, as a JSON
 #: string. `base64`: bytes that no JSON text holds (U+0000, not UTF-8), encoded. `truncated`: the first bytes of a body
@@ -138,8 +138,6 @@ class Request(Base):
     payload_encoding: Mapped[str | None] = mapped_column(comment="What payload holds: json, text, base64, truncated")
     payload: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
 
-    response: Mapped["Response | None"] = relationship(back_populates="request", passive_deletes=True)
-
 
 class Response(Base):
     """How a call ended."""
@@ -191,8 +189,6 @@ class Response(Base):
     payload: Mapped[dict[str, Any] | None] = mapped_column(
         JSON(none_as_null=True), comment="The body; of a stream, the answer that LiteLLM assembled"
     )
-
-    request: Mapped[Request] = relationship(back_populates="response")
 
 
 class DailyUsage(Base):
