@@ -101,6 +101,7 @@ class Validation:
         self._settings = settings
         self._resources = ExitStack()
         self._engines: dict[str, Engine] = {}
+        self._refused: dict[str, Exception] = {}
 
     def run(self) -> Iterator[Result]:
         """Yield one result per check."""
@@ -142,7 +143,14 @@ class Validation:
         return self._engines[login]
 
     def _connect(self, login: str = "reader") -> Connection:
-        return self._engine(login).connect()
+        """Return the login's connection, one for all checks; where there was none, none is waited for again."""
+        if login in self._refused:
+            raise self._refused[login]
+        try:
+            return self._engine(login).connect()
+        except (DBAPIError, psycopg2.Error, LogError) as error:
+            self._refused[login] = error
+            raise
 
     def _settings_in_force(self) -> str:
         return f"database {self._address()}, spool {self._settings.spool.directory}"
@@ -329,11 +337,10 @@ class Validation:
         return f"{login} is denied {len(_DENIED[login])} of {len(_DENIED[login])} statements (SQLSTATE 42501)"
 
     def _pool(self) -> str:
-        engine = self._engine("reader")
         rounds = 20
         seen = set()
         for _ in range(rounds):
-            with engine.connect() as connection:
+            with self._connect() as connection:
                 seen.add(connection.execute(text("SELECT pg_backend_pid()")).scalar_one())
         if len(seen) > 1:
             raise CheckFailed(

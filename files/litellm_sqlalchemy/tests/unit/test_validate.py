@@ -14,14 +14,17 @@ from litellm_sqlalchemy.validate import Result, Validation
 
 
 @contextmanager
-def _answering(content: bytes, address: str = "127.0.0.1") -> Iterator[int]:
-    """Yield the port of a server that answers each connection with this."""
+def _answering(content: bytes, address: str = "127.0.0.1", seen: list[object] | None = None) -> Iterator[int]:
+    """Yield the port of a server that answers each connection with this, and notes it in `seen`."""
     with socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET) as server:
 
         def serve() -> None:
             with suppress(OSError):  # it is closed
                 while True:
-                    _answer(server.accept()[0], content)
+                    connection, client = server.accept()
+                    if seen is not None:
+                        seen.append(client)
+                    _answer(connection, content)
 
         threading.Thread(target=serve, daemon=True).start()
         yield server.getsockname()[1]
@@ -65,6 +68,16 @@ def test_a_database_that_has_only_ipv6(tmp_path: Path) -> None:
     with _answering(b"N", "::1") as port:
         result = _check(tmp_path, "database.verify_full", {"host": "::1", "port": port, "sslrootcert": None})
     assert "server does not support SSL" in result.seen
+
+
+def test_a_database_that_is_not_there_is_waited_for_once_by_a_login(tmp_path: Path) -> None:
+    """An address that swallows all costs `connect_timeout` each time."""
+    seen: list[object] = []
+    (tmp_path / "writer.json").write_text('{"user": "w", "password": "p"}')
+    with _answering(b"N", seen=seen) as port:
+        result = _check(tmp_path, "schema.head", {"port": port, "sslrootcert": None})
+    assert "server does not support SSL" in result.seen
+    assert len(seen) == 6, "two logins, and four connections of the checks that are about connecting"
 
 
 @pytest.mark.parametrize("content", ["", "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"])
