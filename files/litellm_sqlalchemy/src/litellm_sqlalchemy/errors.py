@@ -1,6 +1,7 @@
 """Every error that this package raises on purpose.
 
 LogError
+├── UsageError        arguments of the command that do not go together
 ├── SettingsError     the settings file is missing or says something wrong
 ├── DatabaseError     the database cannot be reached or refuses the login
 ├── SchemaError       the tables are not at the revision that this package needs
@@ -29,6 +30,12 @@ class LogError(Exception):
     """Something that the operator has to mend; the message says what and how."""
 
     exit_code = ExitCode.FAILED
+
+
+class UsageError(LogError):
+    """Arguments of the command that do not go together, or that nothing can be made of."""
+
+    exit_code = ExitCode.USAGE
 
 
 class SettingsError(LogError):

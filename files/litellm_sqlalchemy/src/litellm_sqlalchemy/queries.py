@@ -14,6 +14,7 @@ from sqlalchemy import (
     BigInteger,
     ColumnElement,
     Connection,
+    CursorResult,
     Float,
     Select,
     case,
@@ -28,6 +29,16 @@ from litellm_sqlalchemy.models import KEY_PREFIX_LENGTH, DailyUsage, Request, Re
 from litellm_sqlalchemy.views import ERROR_DIMENSIONS, call_day, calls_view, count_errors, key_name
 
 Row = dict[str, Any]
+
+
+class Rows(list[Row]):
+    """The rows of a query, and the names of its columns, which it has without rows, too."""
+
+    def __init__(self, result: CursorResult[Any]) -> None:
+        """Fetch all of a result."""
+        self.columns = list(result.keys())
+        super().__init__(map(dict, result.mappings()))
+
 
 #: How far the time in a call's id may be from its `created_at`: clocks are set, health checks are recorded afterwards.
 _ID_TOLERANCE = timedelta(hours=1)
@@ -154,7 +165,7 @@ class Selection:
         return condition
 
 
-def find_calls(connection: Connection, identifier: str, limit: int = 100) -> list[Row]:
+def find_calls(connection: Connection, identifier: str, limit: int = 100) -> Rows:
     """Return the latest calls with this id or this LiteLLM call id, payloads included, the latest first.
 
     Clients may choose the call id, so that there can be any number of them.
@@ -184,7 +195,7 @@ def has_call_id(identifier: str) -> tuple[ColumnElement[bool], ColumnElement[boo
     return _same_hash(Request.call_id.expression, identifier), Request.call_id == identifier
 
 
-def last_calls(connection: Connection, selection: Selection, limit: int = 100) -> list[Row]:
+def last_calls(connection: Connection, selection: Selection, limit: int = 100) -> Rows:
     """Return the latest calls, the latest first, without payloads."""
     return _rows(connection, last_calls_query(selection, limit))
 
@@ -196,7 +207,7 @@ def last_calls_query(selection: Selection, limit: int) -> Select[Any]:
     return selection.apply(calls_view()).order_by(time.desc()).limit(limit)
 
 
-def totals(connection: Connection, by: Sequence[str], selection: Selection) -> list[Row]:
+def totals(connection: Connection, by: Sequence[str], selection: Selection) -> Rows:
     """Return finished calls, failures, tokens, cost and error rate per combination of `by`, names of DIMENSIONS.
 
     Whole days (UTC) are read from `daily_usage`, where a day of any size is some hundred rows; other times, and a
@@ -223,7 +234,7 @@ def totals_query(by: Sequence[str], selection: Selection) -> Select[Any]:
     return source.add_columns(*columns).group_by(*groups).order_by(*groups)
 
 
-def latencies(connection: Connection, by: Sequence[str], selection: Selection) -> list[Row]:
+def latencies(connection: Connection, by: Sequence[str], selection: Selection) -> Rows:
     """Return percentiles of duration and time to first token (milliseconds) of answered calls per combination."""
     dimensions = [DIMENSIONS[name].label(name) for name in by]
     percentiles = [
@@ -240,7 +251,7 @@ def latencies(connection: Connection, by: Sequence[str], selection: Selection) -
     return _rows(connection, selection.apply(query))
 
 
-def errors(connection: Connection, selection: Selection) -> list[Row]:
+def errors(connection: Connection, selection: Selection) -> Rows:
     """Return how often calls failed, by model, error type and code, the most frequent first."""
     query = count_errors(*ERROR_DIMENSIONS).order_by(literal_column("calls").desc(), *ERROR_DIMENSIONS)
     return _rows(connection, selection.apply(query.where(selection.join())))
@@ -251,8 +262,8 @@ def _same_hash(column: ColumnElement[Any], value: str) -> ColumnElement[bool]:
     return hashed(column) == hashed(value)
 
 
-def _rows(connection: Connection, query: Select[Any]) -> list[Row]:
-    return [dict(row) for row in connection.execute(query).mappings()]
+def _rows(connection: Connection, query: Select[Any]) -> Rows:
+    return Rows(connection.execute(query))
 
 
 def _as_uuid(identifier: str) -> UUID | None:

@@ -14,7 +14,8 @@ from sqlalchemy import Connection
 
 from litellm_sqlalchemy import queries
 from litellm_sqlalchemy.database import connected
-from litellm_sqlalchemy.errors import ExitCode, LogError
+from litellm_sqlalchemy.errors import ExitCode, LogError, UsageError
+from litellm_sqlalchemy.models import STATUSES
 from litellm_sqlalchemy.queries import Row, Selection
 from litellm_sqlalchemy.settings import Settings
 
@@ -31,6 +32,9 @@ _CALL_COLUMNS = (
 _ORDERS = ("calls", "failures", "total_tokens", "cost")
 #: Calls that `call` shows: a client may choose one id for any number of them, each with its payloads.
 _MOST_CALLS = 100
+#: Depth of a payload, and more: orjson, which says what is stored as JSON, takes 1,024 levels, and printed with an
+#: indent each of them takes a call.
+_RECURSION = 5000
 #: Columns of `call` that may have several lines.
 _PAYLOADS = ("request", "response")
 _BREAKS = "\n\t"
@@ -63,8 +67,10 @@ def _with_selection(parser: argparse.ArgumentParser, since: str | None) -> argpa
     default = f" (default: {since})" if since else ""
     parser.add_argument("--since", type=moment, default=since, metavar="TIME", help=f"{time}{default}")
     parser.add_argument("--until", type=moment, metavar="TIME", help=f"{time} (default: now)")
-    for name, what in (("model", "asked for"), ("key", "hash"), ("user", "id"), ("team", "id"), ("status", "")):
-        parser.add_argument(f"--{name}", metavar=name.upper(), help=f"only this {name} {what}".rstrip())
+    for name, what in (("model", "asked for"), ("key", "hash"), ("user", "id"), ("team", "id")):
+        parser.add_argument(f"--{name}", metavar=name.upper(), help=f"only this {name} {what}")
+    statuses = ("running", *STATUSES)
+    parser.add_argument("--status", choices=statuses, metavar="STATUS", help=f"only {', '.join(statuses)}")
     return _with_csv(parser)
 
 
@@ -95,30 +101,34 @@ def _ago(count: int, unit: str) -> datetime:
 def _count(value: str) -> int:
     if not value.isdecimal() or not int(value):
         raise argparse.ArgumentTypeError(f"{value!r} is no number from 1 on")
-    return int(value)
+    return min(int(value), sys.maxsize)  # as much as LIMIT takes
 
 
 def _dimensions(value: str) -> list[str]:
-    names = value.split(",")
+    names = list(dict.fromkeys(value.split(",")))
     if unknown := [name for name in names if name not in queries.DIMENSIONS]:
         raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(sorted(queries.DIMENSIONS))}")
     return names
 
 
 def _selection(options: argparse.Namespace) -> Selection:
-    return Selection(
-        options.since, options.until, options.model, options.key, options.user, options.team, options.status
-    )
+    since, until = options.since, options.until
+    if since and until and since >= until:
+        times = f"--since {since.isoformat(timespec='seconds')} --until {until.isoformat(timespec='seconds')}"
+        raise UsageError(f"{times} selects nothing: the first has to be the earlier one")
+    return Selection(since, until, options.model, options.key, options.user, options.team, options.status)
 
 
 def _calls(settings: Settings, options: argparse.Namespace) -> int:
+    selection = _selection(options)
     with _reader(settings) as connection:
-        rows = queries.last_calls(connection, _selection(options), options.last)
-    _print(rows, options, _CALL_COLUMNS)
+        rows = queries.last_calls(connection, selection, options.last)
+    _print(rows, options, rows.columns, _CALL_COLUMNS)
     return ExitCode.OK
 
 
 def _call(settings: Settings, options: argparse.Namespace) -> int:
+    sys.setrecursionlimit(_RECURSION)
     with _reader(settings) as connection:
         rows = queries.find_calls(connection, options.identifier, _MOST_CALLS + 1)
     if len(rows) > _MOST_CALLS:
@@ -152,21 +162,23 @@ def _top(settings: Settings, options: argparse.Namespace) -> int:
         {**row, **{name: latencies.get(row[options.by], none)[name] for name in queries.PERCENTILE_COLUMNS}}
         for row in best
     ]
-    _print(rows, options)
+    _print(rows, options, [*totals.columns, *queries.PERCENTILE_COLUMNS])
     return ExitCode.OK
 
 
 def _usage(settings: Settings, options: argparse.Namespace) -> int:
+    selection = _selection(options)
     with _reader(settings) as connection:
-        rows = queries.totals(connection, options.by, _selection(options))
-    _print(rows, options)
+        rows = queries.totals(connection, options.by, selection)
+    _print(rows, options, rows.columns)
     return ExitCode.OK
 
 
 def _errors(settings: Settings, options: argparse.Namespace) -> int:
+    selection = _selection(options)
     with _reader(settings) as connection:
-        rows = queries.errors(connection, _selection(options))
-    _print(rows, options)
+        rows = queries.errors(connection, selection)
+    _print(rows, options, rows.columns)
     return ExitCode.OK
 
 
@@ -174,20 +186,22 @@ def _reader(settings: Settings) -> AbstractContextManager[Connection]:
     return connected(settings.database, "reader", "reader")
 
 
-def _print(rows: Sequence[Row], options: argparse.Namespace, columns: Sequence[str] = ()) -> None:
-    """Print rows; `columns` limits what people see, programs get all of it."""
+def _print(
+    rows: Sequence[Row], options: argparse.Namespace, columns: Sequence[str] = (), shown: Sequence[str] = ()
+) -> None:
+    """Print rows, of which there has to be one where `columns` does not name theirs; people see those in `shown`."""
+    columns = columns or list(rows[0])
     if options.json:
         json.dump(rows, sys.stdout, indent=2, default=str)
         print()
     elif options.csv:
         writer = csv.writer(sys.stdout)
-        writer.writerow(rows[0] if rows else columns)
-        shown = printable if sys.stdout.isatty() else str  # programs get every character
-        writer.writerows([shown(_cell(value)) for value in row.values()] for row in rows)
+        writer.writerow(columns)
+        as_shown = printable if sys.stdout.isatty() else str  # programs get every character
+        writer.writerows([as_shown(_cell(value)) for value in row.values()] for row in rows)
     else:
-        _print_table(
-            [[row[name] for name in columns or row] for row in rows], list(columns or (rows[0] if rows else ()))
-        )
+        names = list(shown or columns)
+        _print_table([[row[name] for name in names] for row in rows], names)
 
 
 def _print_table(rows: list[list[Any]], names: list[str]) -> None:

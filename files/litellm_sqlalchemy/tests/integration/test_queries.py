@@ -350,11 +350,22 @@ def test_verb_calls(filled: Deployment) -> None:
     assert table[1].startswith("2026-03-10 00:00:00  ")
     (header, *lines) = csv.reader(io.StringIO(filled.run("calls", "--last", "3", "--csv").stdout))
     assert (len(lines), lines[1][header.index("status")]) == (3, "running")
+    assert len(_json(filled, "calls", "--last", "9" * 20)) == 10
 
 
 def test_verb_calls_without_any(filled: Deployment) -> None:
     assert filled.run("calls", "--model", "none").stdout == "no calls\n"
     assert _json(filled, "calls", "--model", "none") == []
+
+
+@pytest.mark.parametrize(
+    "verb", [("calls",), ("top", "--by", "key"), ("usage", "--by", "model,day,model"), ("errors",)]
+)
+def test_csv_has_the_same_columns_with_and_without_rows(verb: tuple[str, ...], filled: Deployment) -> None:
+    since = ("--since", "2026-03-01", "--csv")
+    header, *lines = csv.reader(io.StringIO(filled.run(*verb, *since).stdout))
+    assert {len(line) for line in lines} == {len(header)}
+    assert list(csv.reader(io.StringIO(filled.run(*verb, *since, "--model", "none").stdout))) == [header]
 
 
 def test_verb_call(filled: Deployment) -> None:
@@ -413,6 +424,20 @@ def test_verbs_print_no_escape_sequences(filled: Deployment) -> None:
         assert [line for line in lines if not line.isprintable()] == []
         assert sum(r"\x1b]0;pwned\x07\x1b[2J\n2026-03-10 forged" in line for line in lines) == 1, verb
     assert _json(filled, "call", "\x9b")[0]["model"] == model
+
+
+def test_a_payload_as_deep_as_any_that_is_stored_as_json(filled: Deployment) -> None:
+    """Who calls decides, with a key or without."""
+    payload = b"[" * 1024 + b"]" * 1024
+    request, _response = _call(_at(0), call_id="deep")
+    engine = make_engine(filled.load().database, "writer", "test")
+    Store(engine).deliver([request._replace(payload=payload)])
+    engine.dispose()
+    done = filled.run("call", "deep", "--json")
+    assert (done.returncode, done.stderr, done.stdout.count("[")) == (0, "", 1025)
+    for form in ((), ("--csv",)):
+        done = filled.run("call", "deep", *form)
+        assert (done.returncode, done.stderr, payload.decode() in done.stdout) == (0, "", True)
 
 
 def test_a_call_id_that_many_calls_have(filled: Deployment, reader: Connection) -> None:

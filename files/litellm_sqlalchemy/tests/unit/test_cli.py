@@ -70,13 +70,20 @@ def test_failed(file: Path, tmp_path: Path) -> None:
     "arguments",
     [
         [], ["nonsense"], ["settings", "--nonsense"], ["dead-letters", "burn"], ["erase", "--user", ""],
-        ["calls", "--last", "-1"], ["top", "--last", "0"],
+        ["calls", "--last", "-1"], ["top", "--last", "0"], ["calls", "--status", "succes"],
     ],
 )  # fmt: skip
 def test_usage(file: Path, arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == ExitCode.USAGE
+
+
+@pytest.mark.parametrize(
+    "arguments", [["calls", "--since", "2026-11-02", "--until", "2026-11-02"], ["usage", "--until", "2026-01-01"]]
+)
+def test_times_that_nothing_is_between(arguments: list[str], file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _fails(capsys, arguments, ExitCode.USAGE, "selects nothing")
 
 
 @pytest.mark.parametrize("time", ["yesterday", "2026-11-23T14:30:00"])
