@@ -1,9 +1,12 @@
 """The command `litellm-sqlalchemy`."""
 
 import argparse
+import contextlib
+import io
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -31,27 +34,46 @@ _EXIT_CODES = "exit codes: " + ", ".join(f"{code.value} {code.name.lower()}" for
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
-    options = _parser().parse_args(arguments)
     try:
-        settings = load_settings(options.settings)
-        if options.settings:
-            os.environ[SETTINGS_VARIABLE] = str(options.settings)
-        _configure_logging(settings.logging)
-        with as_owner(settings.spool.directory):
-            code = int(options.verb(settings, options))
-            sys.stdout.flush()
-            return code
+        try:
+            return _run(arguments)
+        finally:
+            print(end="", flush=True)  # not at Python's end, where what is wrong with it would be told in Python's way
     except LogError as error:
         print(f"litellm-sqlalchemy: {printable(str(error))}", file=sys.stderr)
         return int(error.exit_code)
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # who reads has seen enough, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
-        return 141
-    except OSError as error:  # of a file in the spool, which it names
-        print(f"litellm-sqlalchemy: {printable(str(error))}", file=sys.stderr)
+    except OSError as error:
+        with contextlib.suppress(OSError):  # Python flushes once more at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):  # who reads has seen enough, as `head` does
+            return 141
+        print(f"litellm-sqlalchemy: {printable(str(error))}", file=sys.stderr)  # of a file in the spool, which it names
         return ExitCode.SPOOL
+
+
+def _run(arguments: list[str] | None) -> int:
+    if sys.stdout is None:  # closed by who started this
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the end
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what a locale has no character for, as standard error shows it
+        sys.stdout.reconfigure(errors="backslashreplace")
+    if arguments is None:
+        arguments = sys.argv[1:]
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            # libpq would wait on, for an answer or a connection; every verb may be broken off anywhere
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+    parser = _parser()
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:  # which neither the log nor the database could hold
+            parser.error(f"{argument!r} is not {sys.getfilesystemencoding().upper()}")
+    options = parser.parse_args(arguments)
+    settings = load_settings(options.settings)
+    if options.settings:
+        os.environ[SETTINGS_VARIABLE] = str(options.settings)
+    _configure_logging(settings.logging)
+    with as_owner(settings.spool.directory):
+        return int(options.verb(settings, options))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -21,8 +21,10 @@ from litellm_sqlalchemy.users import as_starter
 #: ends the connection (tcp(7)): a cut network is noticed in 20 s instead of the kernel's 15 minutes.
 _KEEPALIVE = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 2, "tcp_user_timeout": 20_000}
 #: The same for the server's side, as settings of the session: a transaction that was cut off would hold its rows for
-#: minutes, and the next attempt to store them waits for it.
-_SERVER_KEEPALIVE = {f"tcp_{name.removeprefix('tcp_')}": value for name, value in _KEEPALIVE.items()}
+#: minutes, and the next attempt to store them waits for it. A query whose client is gone ends, too (milliseconds).
+_SERVER_KEEPALIVE = {f"tcp_{name.removeprefix('tcp_')}": value for name, value in _KEEPALIVE.items()} | {
+    "client_connection_check_interval": 10_000
+}
 
 
 #: Connections of each engine.

@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -71,6 +73,7 @@ def test_failed(file: Path, tmp_path: Path) -> None:
     [
         [], ["nonsense"], ["settings", "--nonsense"], ["dead-letters", "burn"], ["erase", "--user", ""],
         ["calls", "--last", "-1"], ["top", "--last", "0"], ["calls", "--status", "succes"],
+        ["erase", "--user", "\udcff"], ["call", "\udcff"], ["calls", "--model", "\udcff"],
     ],
 )  # fmt: skip
 def test_usage(file: Path, arguments: list[str]) -> None:
@@ -93,16 +96,46 @@ def test_a_time_says_how_it_is_written(time: str, file: Path, capsys: pytest.Cap
     assert "+00:00" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_a_reader_that_has_seen_enough(file: Path) -> None:
+def _start(*arguments: str, stdout: int = subprocess.PIPE, **environment: str) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "PYTHONPATH": str(Path(litellm_sqlalchemy.__file__).parents[1]), **environment}
+    command = [sys.executable, "-m", "litellm_sqlalchemy", *arguments]
+    return subprocess.Popen(command, stdout=stdout, stderr=subprocess.PIPE, env=environment)
+
+
+@pytest.mark.parametrize("arguments", [["settings"], ["--help"], ["calls", "--help"]])
+def test_a_reader_that_has_seen_enough(arguments: list[str], file: Path) -> None:
     reads, writes = os.pipe()
     os.close(reads)
+    with _start(*arguments, stdout=writes) as process:
+        os.close(writes)
+        assert process.communicate() == (None, b"")
+    assert process.returncode == 141
+
+
+def test_a_full_disk_behind_standard_output(file: Path) -> None:
+    with Path("/dev/full").open("w") as full, _start("settings", stdout=full.fileno()) as process:
+        assert process.communicate() == (None, b"litellm-sqlalchemy: [Errno 28] No space left on device\n")
+    assert process.returncode == ExitCode.SPOOL
+
+
+def test_a_standard_output_that_is_closed(file: Path) -> None:
     source = str(Path(litellm_sqlalchemy.__file__).parents[1])
+    command = f"exec {sys.executable} -m litellm_sqlalchemy settings --json >&-"
     done = subprocess.run(
-        [sys.executable, "-m", "litellm_sqlalchemy", "settings"],
-        stdout=writes, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": source}, check=False,
-    )  # fmt: skip
-    os.close(writes)
-    assert (done.returncode, done.stderr) == (141, b"")
+        ["sh", "-c", command], stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": source}, check=False
+    )
+    assert (done.returncode, done.stderr) == (ExitCode.OK, b"")
+
+
+def test_an_interrupt_ends_the_wait_for_a_server(file: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        content = yaml.safe_load(file.read_text())
+        content["database"] |= {"port": silent.getsockname()[1], "connect_timeout": 600}
+        file.write_text(yaml.safe_dump(content))
+        with _start("migrate") as process, silent.accept()[0]:
+            process.send_signal(signal.SIGINT)
+            assert process.communicate(timeout=60) == (b"", b"")
+        assert process.returncode == -signal.SIGINT
 
 
 def _bury(spool: Path, number: int, call: str, reason: str) -> str:
@@ -111,6 +144,13 @@ def _bury(spool: Path, number: int, call: str, reason: str) -> str:
     frame = Frame(Kind.REQUEST, number, f'{{"id":"{call}"}}'.encode(), b"")
     bury(spool, "gateway", frame, reason, {})
     return f"gateway-{number}"
+
+
+def test_a_locale_that_lacks_a_character(file: Path, tmp_path: Path) -> None:
+    _bury(tmp_path / "spool", 1, "a", "no 漢")
+    with _start("dead-letters", PYTHONIOENCODING="ascii") as process:
+        assert process.communicate() == (b"gateway-1  request   no \\u6f22\n", b"")
+    assert process.returncode == ExitCode.OK
 
 
 def test_dead_letters_by_their_ids(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
