@@ -24,7 +24,7 @@ from sqlalchemy.exc import DBAPIError
 
 from litellm_sqlalchemy.certificates import certificates, validity
 from litellm_sqlalchemy.consumer import Cursor, read_state
-from litellm_sqlalchemy.database import connection_arguments, make_engine, one_line, sqlstate
+from litellm_sqlalchemy.database import ErrorClass, classify, connection_arguments, make_engine, one_line, sqlstate
 from litellm_sqlalchemy.errors import LockedError, LogError
 from litellm_sqlalchemy.migrate import current, missing_privileges, problem_of
 from litellm_sqlalchemy.models import Request, Response
@@ -456,7 +456,11 @@ def _run(identifier: str, check: Callable[[], str]) -> Result:
     except CheckFailed as error:
         return Result(identifier, False, error.seen, error.remedy)
     except (DBAPIError, psycopg2.Error) as error:
-        return Result(identifier, False, one_line(error), "systemctl status postgresql@17-main")
+        is_login = classify(error) is ErrorClass.CREDENTIAL
+        remedy = (
+            "run `site.yml`: it puts stored passwords in force" if is_login else "systemctl status postgresql@17-main"
+        )
+        return Result(identifier, False, one_line(error), remedy)
     except LogError as error:
         return Result(identifier, False, str(error), "litellm-sqlalchemy settings")
     except OSError as error:

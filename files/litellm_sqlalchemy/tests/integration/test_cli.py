@@ -3,7 +3,7 @@
 import signal
 import subprocess
 
-from support.postgresql import Database
+from support.postgresql import Database, Server
 from support.processes import COMMAND, Deployment, WriterProcess
 from support.waiting import wait_until
 
@@ -31,3 +31,15 @@ def test_an_interrupt_ends_a_query_at_both_sides(deployment: Deployment, databas
             assert process.communicate(timeout=30) == (None, b"")
         assert process.returncode == -signal.SIGINT
         wait_until(lambda: not database.query(waiting), "the query has ended")
+
+
+def test_validate_tells_a_wrong_password_from_a_server_that_is_down(deployment: Deployment, server: Server) -> None:
+    deployment.write_credential("reader", "wrong")
+    lines = deployment.run("validate").stdout.splitlines()
+    [reachable] = [line for line in lines if "database.reachable" in line]
+    assert "password authentication failed" in reachable
+    assert reachable.endswith("next: run `site.yml`: it puts stored passwords in force")
+    server.stop()
+    lines = deployment.run("validate").stdout.splitlines()
+    [reachable] = [line for line in lines if "database.reachable" in line]
+    assert reachable.endswith("next: systemctl status postgresql@17-main")
