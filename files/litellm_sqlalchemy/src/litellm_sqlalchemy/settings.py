@@ -10,17 +10,29 @@ import socket
 import subprocess
 import urllib.parse
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import orjson
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from litellm_sqlalchemy.errors import SettingsError
 
 #: Environment variable that names the settings file, and the file when it is unset.
 SETTINGS_VARIABLE = "LITELLM_SQLALCHEMY_SETTINGS"
 DEFAULT_SETTINGS_FILE = Path("/etc/litellm-sqlalchemy/settings.yml")
+
+#: Seconds that the writer may wait for the database without a sign of life: its unit's watchdog ends it after 150.
+_LONGEST_SILENCE = 140
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Size = Annotated[int, Field(gt=0)]
@@ -179,6 +191,18 @@ class Settings(_Section):
     logging: LoggingSettings = LoggingSettings()
     validation: ValidationSettings = ValidationSettings()
 
+    @model_validator(mode="after")
+    def _leave_the_watchdog_alone(self) -> Self:
+        seconds = self.database.connect_timeout + self.writer.statement_timeout
+        if seconds > _LONGEST_SILENCE:
+            raise PydanticCustomError(
+                "silence",
+                "`database.connect_timeout` and `writer.statement_timeout` are {seconds} s together: with more than "
+                "{longest} the watchdog would end a writer that waits",
+                {"seconds": f"{seconds:g}", "longest": _LONGEST_SILENCE},
+            )
+        return self
+
 
 #: What libpq takes.
 _Word = Annotated[str, Field(pattern=r"^[^\x00]+$")]
@@ -269,6 +293,8 @@ def _first_problem(error: ValidationError) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         return f"unknown key `{key}`"
+    if not problem["loc"]:
+        return str(problem["msg"])
     if problem["type"] == "missing":
         return f"the key `{key}` is missing"
     if problem["loc"][:3] == ("content", "policies", "keys"):  # somebody may have written the key itself there

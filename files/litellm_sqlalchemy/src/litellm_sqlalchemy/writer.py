@@ -28,6 +28,8 @@ _UNKNOWN_ATTEMPTS = 5
 _PAUSE = 5.0
 #: Seconds without anything to deliver after which the database is asked whether it would take it.
 _IDLE = 30.0
+#: Seconds between two signs of life while it waits: its unit has a watchdog.
+_PING = 30.0
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -180,9 +182,13 @@ class Writer:
 
     def _wait(self, seconds: float) -> bool:
         """Wait; return False when the writer shall stop."""
-        notify("WATCHDOG=1")
-        self._prune()  # in an outage, too: it is then that the disk gets full
-        return not self._stop.wait(seconds)
+        until = time.monotonic() + seconds
+        while True:
+            notify("WATCHDOG=1")
+            self._prune()  # in an outage, too: it is then that the disk gets full
+            left = until - time.monotonic()
+            if self._stop.wait(min(left, _PING)) or left <= _PING:
+                return not self._stop.is_set()
 
     def _prune(self) -> None:
         """Remove delivered segments that are kept for too long, or that the live spool needs the room of."""

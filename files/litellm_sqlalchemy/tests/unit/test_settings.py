@@ -54,6 +54,10 @@ def _error(tmp_path: Path, content: str | bytes) -> str:
             for listen in ("9465", ":9465", "127.0.0.1", "127.0.0.1:", "127.0.0.1:metrics", "127.0.0.1:94650", "h:0")
         ),
         ({**MINIMUM, "writer": {"statement_timeout": float("inf")}}, "`writer.statement_timeout` is inf"),
+        (
+            {"database": {"host": "db1", "connect_timeout": 60}, "writer": {"statement_timeout": 80.5}},
+            "`database.connect_timeout` and `writer.statement_timeout` are 140.5 s together",
+        ),
         ({**MINIMUM, "content": {"mode": "some"}}, "`content.mode` is 'some'"),
         ({**MINIMUM, "logging": {"level": "LOUD"}}, "`logging.level` is 'LOUD'"),
     ],

@@ -106,6 +106,23 @@ def test_the_database_is_not_asked_by_a_writer_that_shall_stop(tmp_path: Path) -
         producer.close()
 
 
+def test_it_gives_signs_of_life_while_it_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long `writer.retry_delay_max` is: its unit has a watchdog."""
+    monkeypatch.setattr("litellm_sqlalchemy.writer._PING", 0.05)
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    writer = Writer(_settings(tmp_path))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        systemd.settimeout(20)
+        thread = threading.Thread(target=writer._wait, args=(600,))
+        thread.start()
+        assert {systemd.recv(100) for _ in range(3)} == {b"WATCHDOG=1"}
+        writer.stop()
+        thread.join(20)
+    assert not thread.is_alive()
+    writer._consumer.close()
+
+
 #: A writer whose main thread is where `Event.wait` holds its lock when the signal comes.
 _SIGNALLED = """
 import os, signal, sys, time
