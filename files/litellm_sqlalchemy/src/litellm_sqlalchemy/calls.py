@@ -32,6 +32,8 @@ from litellm_sqlalchemy.values import milliseconds, text
 _MAX_TAGS = 64
 #: Bytes kept of the body of a call that LiteLLM rejects: anybody can make such calls.
 _REJECTED_SIZE = 16 * 1024
+#: Bytes of a form without files whose fields are kept: to read them takes the event loop 0.5 s for 1 MB.
+_FORM_SIZE = 64 * 1024
 #: Seconds that LiteLLM may take to tell of an answer that it has refused to hand on.
 _LATE_EVENT = 1.0
 #: How the kinds of calls begin whose success LiteLLM does not tell where it makes calls of another kind of them.
@@ -325,7 +327,7 @@ class Call:
         if self.rejected and len(content) > _REJECTED_SIZE:
             content, truncated = content[:_REJECTED_SIZE], True
         if content and kind.startswith(_FORM) and not content.startswith(_JSON):
-            content = _fields(content)  # LiteLLM does not tell them of every call
+            content, truncated = _fields(content[:_FORM_SIZE]), truncated or len(content) > _FORM_SIZE
         return content, truncated
 
     def _response_payload(self) -> tuple[bytes, bool]:

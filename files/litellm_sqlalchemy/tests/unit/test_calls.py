@@ -615,6 +615,21 @@ def test_the_fields_of_a_form(tmp_path: Path, body: bytes, kept: bytes) -> None:
     assert metadata.get("payload_digest") == (hashlib.sha256(body).hexdigest() if body else None)
 
 
+@pytest.mark.parametrize("field", [b"a&", b"password=hunter2&", b"%41"])
+def test_of_a_large_form_the_beginning_is_kept(tmp_path: Path, field: bytes) -> None:
+    """To read a megabyte of fields would keep all other calls waiting."""
+    recorder, producer = make_recorder(tmp_path)
+    body = field * (1024 * 1024 // len(field))
+    call = make_call(recorder, body)
+    call.content_type = b"application/x-www-form-urlencoded"
+    call.accept(None, {}, "pass_through_endpoint")
+    _, metadata, payload = producer.records[0]
+    assert metadata["payload_truncated"]
+    assert metadata["payload_digest"] == hashlib.sha256(body).hexdigest()
+    assert len(payload) < 4 * 64 * 1024
+    assert b"hunter2" not in payload
+
+
 @pytest.mark.parametrize("mark", ["?token=word&q=word", "#word", "?#word"])
 def test_no_query_string_is_kept(mark: str) -> None:
     """Of a pass-through call LiteLLM says the target with it."""
