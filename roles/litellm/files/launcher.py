@@ -6,6 +6,8 @@ The credentials are put into the environment of the running program only: /proc/
 hold them. systemd is told that the unit is ready when LiteLLM's readiness check answers.
 """
 
+import asyncio
+import contextlib
 import gc
 import hmac
 import http.client
@@ -29,6 +31,8 @@ ENCODED = re.compile(rb"%([2-6][0-9A-Fa-f]|7[0-9A-Ea-e])")
 MEGABYTE = 1024 * 1024
 #: Largest bodies that running calls may have together; beyond it, none of more than a megabyte is taken.
 LARGEST_TOGETHER = 4
+#: Bytes that a body, or its end, has to come on by, and the seconds it may take: 35 kbit/s, and no longer pause.
+PACE, PATIENCE = 256 * 1024, 60
 
 
 class PreviousKeys:
@@ -58,11 +62,33 @@ class BodyRefusedError(Exception):
     """Ends what LiteLLM does with a request whose body is refused."""
 
 
+class Body:
+    """The body of a request on its way in."""
+
+    def __init__(self, receive: Any) -> None:
+        """Take the way that ASGI's messages come by."""
+        self.receive, self.size, self.complete = receive, 0, False
+        self.due, self.patience = PACE, PATIENCE
+
+    async def next(self) -> Any:
+        """Return the next message. Raises TimeoutError where the body does not come on."""
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        async with asyncio.timeout(None if self.complete else self.patience):
+            message = await self.receive()
+        self.patience -= loop.time() - began
+        self.size += len(message.get("body", b""))
+        self.complete = not message.get("more_body", False)
+        if self.size >= self.due:
+            self.due, self.patience = self.size + PACE, PATIENCE
+        return message
+
+
 class LimitedBodies:
     """An ASGI application around LiteLLM's that takes no body beyond a size, and not too many large ones at a time.
 
     LiteLLM reads a body whole before it looks at the key: anybody could take an instance's memory, and with it the
-    calls of others.
+    calls of others. What has come of a body that stops on its way is not kept for long, either.
     """
 
     def __init__(self, app: Any, largest: int) -> None:
@@ -73,18 +99,22 @@ class LimitedBodies:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        taken, more, status, answering = 0, True, 0, False
+        body, status, answering = Body(receive), 0, False
 
         async def limited_receive() -> Any:
-            nonlocal taken, more, status
-            message = await receive()
-            more = message.get("more_body", False)
-            size = len(message.get("body", b""))
-            taken += size
-            self.held += size
-            if taken > self.largest:
+            nonlocal status
+            if status:
+                raise BodyRefusedError
+            before = body.size
+            try:
+                message = await body.next()
+            except TimeoutError:
+                status = 408
+                raise BodyRefusedError from None
+            self.held += body.size - before
+            if body.size > self.largest:
                 status = 413
-            elif taken > MEGABYTE and self.held > LARGEST_TOGETHER * self.largest:
+            elif body.size > MEGABYTE and self.held > LARGEST_TOGETHER * self.largest:
                 status = 503
             if status:
                 raise BodyRefusedError
@@ -105,19 +135,24 @@ class LimitedBodies:
             if not status or answering:
                 raise
         finally:
-            self.held -= taken
+            self.held -= body.size
         if status and not answering:
-            while more:  # a client that sends all before it reads, and HAProxy with it, would wait for ever
-                more = (await receive()).get("more_body", False)
+            with contextlib.suppress(TimeoutError):
+                # A client that sends all before it reads, and HAProxy with it, would wait for ever.
+                while status != 408 and not body.complete:
+                    await body.next()
             await self.refuse(status, send)
 
     async def refuse(self, status: int, send: Any) -> None:
         """Answer."""
-        reason = "This gateway has too many large requests at work: try again"
-        if status == 413:
-            reason = f"The request is too large: {self.largest // MEGABYTE} MB are taken (litellm_max_request_mb)"
+        reason = {
+            408: f"The request stopped on its way: {PACE // 1024} KB of it have to come in {PATIENCE} s",
+            413: f"The request is too large: {self.largest // MEGABYTE} MB are taken (litellm_max_request_mb)",
+            503: "This gateway has too many large requests at work: try again",
+        }[status]
         body = json.dumps({"error": {"message": reason, "type": "request_refused", "code": str(status)}}).encode()
-        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+        close = (b"connection", b"close")  # what may still come is no next request
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body)), close]
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 

@@ -1,0 +1,137 @@
+"""What the role's launcher puts around LiteLLM, under the server that LiteLLM runs in."""
+
+import asyncio
+import importlib.util
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from http.client import HTTPResponse
+from typing import Any
+
+import pytest
+import uvicorn
+from support.gateway import LAUNCHER
+from support.waiting import wait_until
+
+_PATIENCE = 1.0
+
+
+class Served:
+    """An application that says how large a body was, behind a limit of 4 MB."""
+
+    def __init__(self) -> None:
+        """Load the launcher."""
+        specification = importlib.util.spec_from_file_location("launcher", LAUNCHER)
+        assert specification is not None
+        assert specification.loader is not None
+        self.launcher: Any = importlib.util.module_from_spec(specification)
+        specification.loader.exec_module(self.launcher)
+        self.launcher.PATIENCE = _PATIENCE
+        self.limit = self.launcher.LimitedBodies(_say_size, 4 * self.launcher.MEGABYTE)
+        self.port = 0
+
+    @contextmanager
+    def sending(self, length: int | None, *parts: bytes) -> Iterator[socket.socket]:
+        """Begin a request, chunked where no length is given."""
+        how = "Transfer-Encoding: chunked" if length is None else f"Content-Length: {length}"
+        with socket.create_connection(("127.0.0.1", self.port), timeout=20) as connection:
+            connection.sendall(f"POST / HTTP/1.1\r\nHost: test\r\n{how}\r\n\r\n".encode())
+            for part in parts:
+                connection.sendall(part if length is not None else b"%x\r\n%b\r\n" % (len(part), part))
+            yield connection
+
+
+async def _say_size(_scope: Any, receive: Any, send: Any) -> None:
+    size, more = 0, True
+    while more:
+        message = await receive()
+        size, more = size + len(message["body"]), message["more_body"]
+    gone = asyncio.ensure_future(receive())  # as LiteLLM does, to see whether the client hangs up
+    done, _ = await asyncio.wait([gone], timeout=2 * _PATIENCE if size == 1 else 0)
+    assert not done, gone.result()
+    gone.cancel()
+    answer = str(size).encode()
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(answer))]})
+    await send({"type": "http.response.body", "body": answer})
+
+
+@pytest.fixture
+def served() -> Iterator[Served]:
+    result = Served()
+    server = uvicorn.Server(uvicorn.Config(result.limit, port=0, log_level="critical"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    wait_until(lambda: server.started, "it listens")
+    result.port = server.servers[0].sockets[0].getsockname()[1]
+    yield result
+    server.should_exit = True
+    thread.join(20)
+
+
+def _answer(connection: socket.socket, *, closed: bool = False) -> tuple[int, str]:
+    response = HTTPResponse(connection)
+    response.begin()
+    body = response.read().decode()
+    if closed:
+        assert connection.recv(1) == b"", "the server ends the connection"
+    return response.status, body
+
+
+MB = 1 << 20
+
+
+@pytest.mark.parametrize("length", [4 * MB, None])
+def test_bodies_that_stop_keep_others_out_for_a_while_only(served: Served, length: int | None) -> None:
+    with ExitStack() as stack:
+        stopped = [stack.enter_context(served.sending(length, bytes(4 * MB - 1))) for _ in range(4)]
+        wait_until(lambda: served.limit.held == 4 * (4 * MB - 1), "as much as all may have has come")
+        with served.sending(2 * MB, bytes(2 * MB)) as other:
+            assert _answer(other)[0] == 503
+        for connection in stopped:
+            status, body = _answer(connection, closed=True)
+            assert (status, json.loads(body)["error"]["code"]) == (408, "408")
+            assert "256 KB of it have to come in" in body
+    assert served.limit.held == 0
+    with served.sending(2 * MB, bytes(2 * MB)) as other:
+        assert _answer(other) == (200, str(2 * MB))
+
+
+def test_a_body_that_drips_is_given_up(served: Served) -> None:
+    with served.sending(4 * MB) as connection:
+        began = time.monotonic()
+        while not _is_answered(connection, _PATIENCE / 20):
+            connection.sendall(b"x")
+            assert time.monotonic() < began + 10 * _PATIENCE
+        assert _answer(connection, closed=True)[0] == 408
+
+
+def test_a_slow_body_that_comes_on_is_taken(served: Served) -> None:
+    served.launcher.PACE = 4
+    with served.sending(40) as connection:
+        for _ in range(40):
+            assert not _is_answered(connection, _PATIENCE / 20)
+            connection.sendall(b"x")
+        assert _answer(connection) == (200, "40")
+
+
+def test_an_answer_may_take_as_long_as_it_likes(served: Served) -> None:
+    with served.sending(1, b"x") as connection:
+        assert _answer(connection) == (200, "1")
+
+
+def test_a_body_that_is_too_large_and_stops(served: Served) -> None:
+    with served.sending(8 * MB, bytes(5 * MB)) as connection:
+        assert _answer(connection, closed=True)[0] == 413
+
+
+def _is_answered(connection: socket.socket, within: float) -> bool:
+    connection.settimeout(within)
+    try:
+        return bool(connection.recv(1, socket.MSG_PEEK))
+    except TimeoutError:
+        return False
+    finally:
+        connection.settimeout(20)
