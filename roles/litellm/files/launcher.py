@@ -33,6 +33,10 @@ MEGABYTE = 1024 * 1024
 LARGEST_TOGETHER = 4
 #: Bytes that a body, or its end, has to come on by, and the seconds it may take: 35 kbit/s, and no longer pause.
 PACE, PATIENCE = 256 * 1024, 60
+#: Characters that begin and part the values of a JSON body: LiteLLM takes up to 80 bytes for a value.
+MOST_VALUES = 1_000_000
+#: A form without files: to decode it takes LiteLLM two seconds a megabyte, in which no other call goes on.
+FORM, LARGEST_FORM = b"application/x-www-form-urlencoded", 256 * 1024
 
 
 class PreviousKeys:
@@ -65,10 +69,15 @@ class BodyRefusedError(Exception):
 class Body:
     """The body of a request on its way in."""
 
-    def __init__(self, receive: Any) -> None:
-        """Take the way that ASGI's messages come by."""
+    def __init__(self, scope: Any, receive: Any) -> None:
+        """Take ASGI's scope of the request, and the way that its messages come by."""
         self.receive, self.size, self.complete = receive, 0, False
         self.due, self.patience = PACE, PATIENCE
+        self.begin, self.values = b"", 0
+        length = dict(scope["headers"]).get(b"content-length", b"")
+        self.declared = int(length) if length.isdigit() else 0
+        kinds = [value.split(b";")[0] for name, value in scope["headers"] if name == b"content-type"]
+        self.is_form = FORM in (kind.strip().lower() for kind in kinds)
 
     async def next(self) -> Any:
         """Return the next message. Raises TimeoutError where the body does not come on."""
@@ -77,18 +86,23 @@ class Body:
         async with asyncio.timeout(None if self.complete else self.patience):
             message = await self.receive()
         self.patience -= loop.time() - began
-        self.size += len(message.get("body", b""))
+        content = message.get("body", b"")
+        self.size += len(content)
         self.complete = not message.get("more_body", False)
         if self.size >= self.due:
             self.due, self.patience = self.size + PACE, PATIENCE
+        if not self.complete or self.size > MOST_VALUES:
+            self.begin = self.begin or content.lstrip()[:1]
+            if self.begin in (b"{", b"["):
+                self.values += len(content) - len(content.translate(None, b",{["))
         return message
 
 
 class LimitedBodies:
     """An ASGI application around LiteLLM's that takes no body beyond a size, and not too many large ones at a time.
 
-    LiteLLM reads a body whole before it looks at the key: anybody could take an instance's memory, and with it the
-    calls of others. What has come of a body that stops on its way is not kept for long, either.
+    LiteLLM reads a body whole, and what it says, before it looks at the key: anybody could take an instance's memory or
+    time, and with it the calls of others. What has come of a body that stops on its way is not kept for long, either.
     """
 
     def __init__(self, app: Any, largest: int) -> None:
@@ -99,68 +113,66 @@ class LimitedBodies:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        body, status, answering = Body(receive), 0, False
+        body, answering = Body(scope, receive), False
+        refused = self.refusal(body)
 
         async def limited_receive() -> Any:
-            nonlocal status
-            if status:
-                raise BodyRefusedError
-            before = body.size
-            try:
-                message = await body.next()
-            except TimeoutError:
-                status = 408
-                raise BodyRefusedError from None
-            self.held += body.size - before
-            if body.size > self.largest:
-                status = 413
-            elif body.size > MEGABYTE and self.held > LARGEST_TOGETHER * self.largest:
-                status = 503
-            if status:
+            nonlocal refused
+            if not refused:
+                before = body.size
+                try:
+                    message = await body.next()
+                except TimeoutError:
+                    refused = 408, f"The request stopped on its way: {PACE // 1024} KB have to come in {PATIENCE} s"
+                else:
+                    self.held += body.size - before
+                    refused = self.refusal(body)
+            if refused:
                 raise BodyRefusedError
             return message
 
         async def limited_send(message: Any) -> None:
             nonlocal answering
-            if not status or answering:
+            if not refused or answering:
                 answering = True
                 await send(message)
 
         try:
-            if declared(scope) > self.largest:
-                status = 413
-            else:
+            if not refused:
                 await self.app(scope, limited_receive, limited_send)
         except Exception:
-            if not status or answering:
+            if not refused or answering:
                 raise
         finally:
             self.held -= body.size
-        if status and not answering:
+        if refused and not answering:
             with contextlib.suppress(TimeoutError):
                 # A client that sends all before it reads, and HAProxy with it, would wait for ever.
-                while status != 408 and not body.complete:
+                while refused[0] != 408 and not body.complete:
                     await body.next()
-            await self.refuse(status, send)
+            await refuse(*refused, send)
 
-    async def refuse(self, status: int, send: Any) -> None:
-        """Answer."""
-        reason = {
-            408: f"The request stopped on its way: {PACE // 1024} KB of it have to come in {PATIENCE} s",
-            413: f"The request is too large: {self.largest // MEGABYTE} MB are taken (litellm_max_request_mb)",
-            503: "This gateway has too many large requests at work: try again",
-        }[status]
-        body = json.dumps({"error": {"message": reason, "type": "request_refused", "code": str(status)}}).encode()
-        close = (b"connection", b"close")  # what may still come is no next request
-        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body)), close]
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
+    def refusal(self, body: Body) -> tuple[int, str] | None:
+        """Return the status and the reason by which a body is refused, None where it is taken."""
+        size = max(body.size, body.declared)
+        if size > self.largest:
+            return 413, f"The request is too large: {self.largest // MEGABYTE} MB are taken (litellm_max_request_mb)"
+        if body.is_form and size > LARGEST_FORM:
+            return 413, f"The form is too large: {LARGEST_FORM // 1024} KB are taken as {FORM.decode()}"
+        if body.values > MOST_VALUES:
+            return 413, f"The request has more than {MOST_VALUES} commas, braces and brackets"
+        if body.size > MEGABYTE and self.held > LARGEST_TOGETHER * self.largest:
+            return 503, "This gateway has too many large requests at work: try again"
+        return None
 
 
-def declared(scope: Any) -> int:
-    """Return the size of the body that a request declares; 0 where it declares none."""
-    value = dict(scope["headers"]).get(b"content-length", b"")
-    return int(value) if value.isdigit() else 0
+async def refuse(status: int, reason: str, send: Any) -> None:
+    """Answer."""
+    body = json.dumps({"error": {"message": reason, "type": "request_refused", "code": str(status)}}).encode()
+    close = (b"connection", b"close")  # what may still come is no next request
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body)), close]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
 
 
 class Scrubbed:

@@ -34,9 +34,10 @@ class Served:
         self.port = 0
 
     @contextmanager
-    def sending(self, length: int | None, *parts: bytes) -> Iterator[socket.socket]:
+    def sending(self, length: int | None, *parts: bytes, kind: str = "application/json") -> Iterator[socket.socket]:
         """Begin a request, chunked where no length is given."""
-        how = "Transfer-Encoding: chunked" if length is None else f"Content-Length: {length}"
+        how = f"Content-Type: {kind}\r\n"
+        how += "Transfer-Encoding: chunked" if length is None else f"Content-Length: {length}"
         with socket.create_connection(("127.0.0.1", self.port), timeout=20) as connection:
             connection.sendall(f"POST / HTTP/1.1\r\nHost: test\r\n{how}\r\n\r\n".encode())
             for part in parts:
@@ -93,7 +94,7 @@ def test_bodies_that_stop_keep_others_out_for_a_while_only(served: Served, lengt
         for connection in stopped:
             status, body = _answer(connection, closed=True)
             assert (status, json.loads(body)["error"]["code"]) == (408, "408")
-            assert "256 KB of it have to come in" in body
+            assert "256 KB have to come in" in body
     assert served.limit.held == 0
     with served.sending(2 * MB, bytes(2 * MB)) as other:
         assert _answer(other) == (200, str(2 * MB))
@@ -125,6 +126,30 @@ def test_an_answer_may_take_as_long_as_it_likes(served: Served) -> None:
 def test_a_body_that_is_too_large_and_stops(served: Served) -> None:
     with served.sending(8 * MB, bytes(5 * MB)) as connection:
         assert _answer(connection, closed=True)[0] == 413
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "reason"),
+    [
+        ("application/json", b"[" + b"[]," * 500_000 + b"1]", "commas, braces and brackets"),
+        ("text/plain", b" " * 100_000 + b'{"a":[' + b'"",' * 1_000_000 + b"1]}", "commas, braces and brackets"),
+        ("application/json", b'{"text":"' + b"word, " * 500_000 + b'"}', ""),
+        ("audio/wav", b"RIFF" + b"," * 2 * MB, ""),
+        ("Application/X-WWW-Form-Urlencoded ; charset=utf-8", b"a=" + b"%" * MB, "The form is too large: 256 KB"),
+        ("application/x-www-form-urlencoded\r\nContent-Type: application/json", b"%" * MB, "The form is too large"),
+        ("application/x-www-form-urlencoded", b"a=" + b"%" * (MB // 8), ""),
+        ("multipart/form-data; boundary=b", b"--b" + bytes(MB), ""),
+    ],
+)
+@pytest.mark.parametrize("declared", [True, False])
+def test_what_keeps_others_waiting_is_refused(
+    served: Served, kind: str, body: bytes, reason: str, declared: bool
+) -> None:
+    with served.sending(len(body) if declared else None, body, kind=kind) as connection:
+        connection.sendall(b"" if declared else b"0\r\n\r\n")
+        status, said = _answer(connection, closed=bool(reason))
+    assert status == (413 if reason else 200)
+    assert reason in said if reason else said == str(len(body))
 
 
 def _is_answered(connection: socket.socket, within: float) -> bool:
