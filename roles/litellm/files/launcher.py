@@ -166,6 +166,31 @@ class LimitedBodies:
         return None
 
 
+class FairTurns:
+    """An ASGI application around LiteLLM's that lets the other calls go on between two parts of a stream or session.
+
+    Where a provider, or the client of a session, is faster than LiteLLM, nothing that LiteLLM awaits has to wait: the
+    event loop would do nothing else before the end.
+    """
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        is_session = scope["type"] == "websocket"
+
+        async def fair_receive() -> Any:
+            await asyncio.sleep(0)
+            return await receive()
+
+        async def fair_send(message: Any) -> None:
+            await send(message)
+            if is_session or message.get("more_body"):
+                await asyncio.sleep(0)
+
+        await self.app(scope, fair_receive if is_session else receive, fair_send)
+
+
 async def refuse(status: int, reason: str, send: Any) -> None:
     """Answer."""
     body = json.dumps({"error": {"message": reason, "type": "request_refused", "code": str(status)}}).encode()
@@ -206,6 +231,7 @@ def keep_secrets_out_of_the_journal() -> None:
 def go_into_service() -> None:
     """LiteLLM calls this hook at its start, when all is loaded and its middleware is built."""
     leave_out_what_is_loaded()
+    take_turns()
     limit_bodies()
     accept_previous_keys()
 
@@ -214,6 +240,13 @@ def leave_out_what_is_loaded() -> None:
     """Collect garbage from now on, but not among what was loaded: to look at all of it keeps every request waiting."""
     gc.freeze()
     gc.enable()
+
+
+def take_turns() -> None:
+    """Stand around LiteLLM's application."""
+    from litellm.proxy.proxy_server import app
+
+    app.middleware_stack = FairTurns(app.middleware_stack)
 
 
 def limit_bodies() -> None:

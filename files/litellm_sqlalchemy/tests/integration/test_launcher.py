@@ -6,8 +6,9 @@ import json
 import socket
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from http.client import HTTPResponse
 from typing import Any
 
@@ -15,8 +16,31 @@ import pytest
 import uvicorn
 from support.gateway import LAUNCHER
 from support.waiting import wait_until
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import connect
 
 _PATIENCE = 1.0
+
+
+def _load_launcher() -> Any:
+    specification = importlib.util.spec_from_file_location("launcher", LAUNCHER)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+@contextmanager
+def _listening(application: Any) -> Iterator[int]:
+    """Serve an application; yield the port."""
+    server = uvicorn.Server(uvicorn.Config(application, port=0, log_level="critical"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    wait_until(lambda: server.started, "it listens")
+    yield server.servers[0].sockets[0].getsockname()[1]
+    server.should_exit = True
+    thread.join(20)
 
 
 class Served:
@@ -24,11 +48,7 @@ class Served:
 
     def __init__(self) -> None:
         """Load the launcher."""
-        specification = importlib.util.spec_from_file_location("launcher", LAUNCHER)
-        assert specification is not None
-        assert specification.loader is not None
-        self.launcher: Any = importlib.util.module_from_spec(specification)
-        specification.loader.exec_module(self.launcher)
+        self.launcher = _load_launcher()
         self.launcher.PATIENCE = _PATIENCE
         self.limit = self.launcher.LimitedBodies(_say_size, 4 * self.launcher.MEGABYTE)
         self.port = 0
@@ -62,14 +82,8 @@ async def _say_size(_scope: Any, receive: Any, send: Any) -> None:
 @pytest.fixture
 def served() -> Iterator[Served]:
     result = Served()
-    server = uvicorn.Server(uvicorn.Config(result.limit, port=0, log_level="critical"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    wait_until(lambda: server.started, "it listens")
-    result.port = server.servers[0].sockets[0].getsockname()[1]
-    yield result
-    server.should_exit = True
-    thread.join(20)
+    with _listening(result.limit) as result.port:
+        yield result
 
 
 def _answer(connection: socket.socket, *, closed: bool = False) -> tuple[int, str]:
@@ -150,6 +164,60 @@ def test_what_keeps_others_waiting_is_refused(
         status, said = _answer(connection, closed=bool(reason))
     assert status == (413 if reason else 200)
     assert reason in said if reason else said == str(len(body))
+
+
+class Busy:
+    """An application with work of its own for each part of a stream or session, until another call was answered."""
+
+    def __init__(self) -> None:
+        """Nothing is under way."""
+        self.parts = 0
+        self.under_way, self.other = threading.Event(), threading.Event()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Take part in the conversation; `/other` is the other call."""
+        if scope["path"] == "/other":
+            self.other.set()
+            await _say_size(scope, receive, send)
+            return
+        is_session = scope["type"] == "websocket"
+        await send({"type": "websocket.accept"} if is_session else {"type": "http.response.start", "status": 200})
+        while self.parts < _PARTS and not self.other.is_set():
+            if is_session:
+                await receive()
+            else:
+                await send({"type": "http.response.body", "body": b"part", "more_body": True})
+            time.sleep(0.0005)
+            self.parts += 1
+            if self.parts == _PARTS // 4:
+                self.under_way.set()
+        await send({"type": "websocket.close"} if is_session else {"type": "http.response.body", "body": b""})
+
+
+_PARTS = 4000
+
+
+@pytest.mark.parametrize("kind", ["stream", "session"])
+def test_a_fast_stream_or_session_lets_other_calls_go_on(kind: str) -> None:
+    busy = Busy()
+
+    def talk() -> None:
+        if kind == "stream":
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/stream", timeout=30) as answer:
+                answer.read()
+        else:
+            with connect(f"ws://127.0.0.1:{port}/session", compression=None) as session, suppress(ConnectionClosed):
+                for _ in range(_PARTS + 10):
+                    session.send("part")
+
+    with _listening(_load_launcher().FairTurns(busy)) as port:
+        talking = threading.Thread(target=talk)
+        talking.start()
+        assert busy.under_way.wait(20)
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/other", timeout=30) as answer:
+            assert answer.read() == b"0"
+        talking.join(20)
+    assert busy.parts < _PARTS, "the other call had to wait for all of it"
 
 
 def _is_answered(connection: socket.socket, within: float) -> bool:
