@@ -93,6 +93,7 @@ class Recorder:
         where the payload, as it is written, is not that body. `accepted` says whether LiteLLM has accepted the call.
         """
         truncated = truncated or len(payload) > self.content.max_payload_size
+        payload = payload[: self.content.max_payload_size]  # now: what is not kept is not searched for secrets, either
         if kind is Kind.REQUEST:
             metadata["content_mode"] = mode
             metadata["redaction_version"] = REDACTION_VERSION
