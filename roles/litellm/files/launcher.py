@@ -29,8 +29,9 @@ HOOKS = "LITELLM_WORKER_STARTUP_HOOKS"
 #: A printable character as URLs encode it; what else is encoded stays so, or a client could make up lines of a log.
 ENCODED = re.compile(rb"%([2-6][0-9A-Fa-f]|7[0-9A-Ea-e])")
 MEGABYTE = 1024 * 1024
-#: Largest bodies that running calls may have together; beyond it, none of more than a megabyte is taken.
-LARGEST_TOGETHER = 4
+#: Largest bodies that running calls may have together; beyond it, none of more than a megabyte is taken, and beyond one
+#: more none of more than a server hands on at once.
+LARGEST_TOGETHER, SMALL = 4, 64 * 1024
 #: Bytes that a body, or its end, has to come on by, and the seconds it may take: 35 kbit/s, and no longer pause.
 PACE, PATIENCE = 256 * 1024, 60
 #: Characters that begin and part the values of a JSON body: LiteLLM takes up to 80 bytes for a value.
@@ -161,7 +162,8 @@ class LimitedBodies:
             return 413, f"The form is too large: {LARGEST_FORM // 1024} KB are taken as {FORM.decode()}"
         if body.values > MOST_VALUES:
             return 413, f"The request has more than {MOST_VALUES} commas, braces and brackets"
-        if body.size > MEGABYTE and self.held > LARGEST_TOGETHER * self.largest:
+        beyond = self.held - LARGEST_TOGETHER * self.largest
+        if beyond > 0 and body.size > (MEGABYTE if beyond <= self.largest else SMALL):
             return 503, "This gateway has too many large requests at work: try again"
         return None
 

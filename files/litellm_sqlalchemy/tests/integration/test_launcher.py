@@ -19,7 +19,7 @@ from support.waiting import wait_until
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
-_PATIENCE = 1.0
+_PATIENCE = 2.0
 
 
 def _load_launcher() -> Any:
@@ -112,6 +112,21 @@ def test_bodies_that_stop_keep_others_out_for_a_while_only(served: Served, lengt
     assert served.limit.held == 0
     with served.sending(2 * MB, bytes(2 * MB)) as other:
         assert _answer(other) == (200, str(2 * MB))
+
+
+def test_many_bodies_that_are_not_large_take_no_more_than_one_that_is(served: Served) -> None:
+    """Beyond what is for large bodies they get as much as one of those; then only small ones are taken."""
+    with ExitStack() as stack:
+        for _ in range(4):
+            stack.enter_context(served.sending(4 * MB, bytes(4 * MB - 1)))
+        wait_until(lambda: served.limit.held == 16 * MB - 4, "as much as all large ones may have has come")
+        for _ in range(4):
+            stack.enter_context(served.sending(2 * MB, bytes(MB)))
+        wait_until(lambda: served.limit.held == 20 * MB - 4, "as much as one large body more")
+        with served.sending(100_000, bytes(100_000)) as other:
+            assert _answer(other)[0] == 503
+        with served.sending(50_000, bytes(50_000)) as other:
+            assert _answer(other) == (200, "50000")
 
 
 def test_a_body_that_drips_is_given_up(served: Served) -> None:
