@@ -10,15 +10,22 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from http.client import HTTPResponse
+from pathlib import Path
 from typing import Any
 
 import pytest
 import uvicorn
-from support.gateway import LAUNCHER
+from support.cases import rows
+from support.gateway import Gateway
+from support.keys import USER_KEY
+from support.postgresql import Database
+from support.processes import Deployment, WriterProcess
+from support.upstream import Upstream
 from support.waiting import wait_until
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
+LAUNCHER = Path(__file__).parents[4] / "roles/litellm/files/launcher.py"
 _PATIENCE = 2.0
 
 
@@ -233,6 +240,50 @@ def test_a_fast_stream_or_session_lets_other_calls_go_on(kind: str) -> None:
             assert answer.read() == b"0"
         talking.join(20)
     assert busy.parts < _PARTS, "the other call had to wait for all of it"
+
+
+@pytest.fixture(scope="module")
+def launched(
+    gateway_writer: WriterProcess, gateway_deployment: Deployment, gateway_directory: Path, upstream: Upstream
+) -> Iterator[Gateway]:
+    """A gateway as on a host, but with less patience."""
+    usual, launcher = LAUNCHER.read_text(), gateway_directory / "launcher.py"
+    launcher.write_text(usual.replace("PATIENCE = 256 * 1024, 60\n", "PATIENCE = 256 * 1024, 1\n"))
+    assert launcher.read_text() != usual
+    result = Gateway(gateway_directory / "launched", upstream, gateway_deployment, launcher=launcher).launch()
+    try:
+        yield result.wait()
+    finally:
+        result.kill()
+
+
+@pytest.mark.parametrize("key", [USER_KEY, "sk-unknown"])
+@pytest.mark.parametrize(
+    ("body", "length", "status"),
+    [
+        (b"", 100, 408),
+        (b'{"model": "ok", "te', 100, 408),
+        (b'{"model": "ok", "text": "' + b"x" * 2 * MB, 3 * MB, 408),
+        (b'{"model": "ok", "list": [' + b"[]," * 500_000 + b"1]}", None, 413),
+    ],
+)
+def test_a_body_that_is_refused_is_one_call(
+    launched: Gateway, gateway_database: Database, upstream: Upstream,
+    key: str, body: bytes, length: int | None, status: int,
+) -> None:  # fmt: skip
+    call_id, length = f"refused-{len(body)}-{key[:5]}", length or len(body)
+    before = len(upstream.received)
+    with socket.create_connection(("127.0.0.1", launched.port), timeout=20) as connection:
+        headers = f"Content-Length: {length}\r\nAuthorization: Bearer {key}\r\nx-litellm-call-id: {call_id}"
+        connection.sendall(f"POST /v1/chat/completions HTTP/1.1\r\nHost: test\r\n{headers}\r\n\r\n".encode() + body)
+        assert _answer(connection, closed=True)[0] == status
+    wait_until(lambda: rows(gateway_database, call_id)[1], "the call is stored")
+    requests, responses = rows(gateway_database, call_id)
+    assert (len(requests), len(responses)) == (1, 1)
+    assert requests[0]["payload_size"] <= len(body)
+    assert (responses[0]["status"], responses[0]["status_code"]) == ("failure", status)
+    assert "/v1/chat/completions" not in {request.path for request in upstream.received[before:]}
+    assert launched.state()["failures"] == 0
 
 
 def _is_answered(connection: socket.socket, within: float) -> bool:

@@ -17,7 +17,6 @@ from support.upstream import Upstream
 from support.waiting import wait_until
 
 INPUT_COST, OUTPUT_COST = 1e-6, 2e-6
-LAUNCHER = Path(__file__).parents[4] / "roles/litellm/files/launcher.py"
 #: Seconds that a gateway may take to start; of several workers uvicorn kills those that do not answer for 5 otherwise,
 #: which importing LiteLLM takes on a busy machine.
 _START_LIMIT = 240
@@ -112,14 +111,14 @@ class Gateway:
 
     def __init__(
         self, directory: Path, upstream: Upstream, deployment: Deployment, *, with_log: bool = True,
-        health_checks: bool = False, workers: int = 1, launched: bool = False,
+        health_checks: bool = False, workers: int = 1, launcher: Path | None = None,
     ) -> None:  # fmt: skip
-        """Write its configuration; `launched`: by the role's launcher, as on a host."""
+        """Write its configuration; `launcher`: the role's, which starts it as on a host."""
         self.directory = directory
         self.upstream = upstream
         self.deployment = deployment
         self.workers = workers
-        self.launched = launched
+        self.launcher = launcher
         self.port = free_port()
         self.log = directory / "gateway.log"
         self.process: subprocess.Popen[bytes] | None = None
@@ -151,9 +150,9 @@ class Gateway:
             "--host", "127.0.0.1", "--port", str(self.port),
             "--num_workers", str(self.workers), "--timeout_worker_healthcheck", str(_START_LIMIT),
         ]  # fmt: skip
-        if self.launched:
+        if self.launcher:
             environment |= {"CREDENTIALS_DIRECTORY": str(self.directory), "GATEWAY_MAX_REQUEST_MB": "100"}
-            command = [sys.executable, str(LAUNCHER), "config.yaml", "127.0.0.1", str(self.port), "1"]
+            command = [sys.executable, str(self.launcher), "config.yaml", "127.0.0.1", str(self.port), "1"]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 command,
