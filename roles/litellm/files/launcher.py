@@ -34,8 +34,9 @@ MEGABYTE = 1024 * 1024
 LARGEST_TOGETHER, SMALL = 4, 64 * 1024
 #: Bytes that a body, or its end, has to come on by, and the seconds it may take: 35 kbit/s, and no longer pause.
 PACE, PATIENCE = 256 * 1024, 60
-#: Characters that begin and part the values of a JSON body: LiteLLM takes up to 80 bytes for a value.
-MOST_VALUES = 1_000_000
+#: Characters that begin and part the values of a JSON body: LiteLLM takes up to 80 bytes for a value. There may be more
+#: where the largest body has more bytes for each.
+MOST_VALUES, BYTES_FOR_VALUE = 1_000_000, 100
 #: A form without files: to decode it takes LiteLLM two seconds a megabyte, in which no other call goes on.
 FORM, LARGEST_FORM = b"application/x-www-form-urlencoded", 256 * 1024
 
@@ -160,8 +161,9 @@ class LimitedBodies:
             return 413, f"The request is too large: {self.largest // MEGABYTE} MB are taken (litellm_max_request_mb)"
         if body.is_form and size > LARGEST_FORM:
             return 413, f"The form is too large: {LARGEST_FORM // 1024} KB are taken as {FORM.decode()}"
-        if body.values > MOST_VALUES:
-            return 413, f"The request has more than {MOST_VALUES} commas, braces and brackets"
+        most = max(MOST_VALUES, self.largest // BYTES_FOR_VALUE)
+        if body.values > most:
+            return 413, f"The request has more than {most} commas, braces and brackets (litellm_max_request_mb)"
         beyond = self.held - LARGEST_TOGETHER * self.largest
         if beyond > 0 and body.size > (MEGABYTE if beyond <= self.largest else SMALL):
             return 503, "This gateway has too many large requests at work: try again"

@@ -188,6 +188,17 @@ def test_what_keeps_others_waiting_is_refused(
     assert reason in said if reason else said == str(len(body))
 
 
+def test_a_larger_limit_takes_more_values() -> None:
+    launcher = _load_launcher()
+    for megabytes, most in ((1, 1_000_000), (100, 1_048_576), (200, 2_097_152)):
+        limit = launcher.LimitedBodies(None, megabytes * MB)
+        body = launcher.Body({"headers": []}, None)
+        body.values = most
+        assert limit.refusal(body) is None
+        body.values += 1
+        assert limit.refusal(body)[0] == 413
+
+
 class Busy:
     """An application with work of its own for each part of a stream or session, until another call was answered."""
 
@@ -264,7 +275,7 @@ def launched(
         (b"", 100, 408),
         (b'{"model": "ok", "te', 100, 408),
         (b'{"model": "ok", "text": "' + b"x" * 2 * MB, 3 * MB, 408),
-        (b'{"model": "ok", "list": [' + b"[]," * 500_000 + b"1]}", None, 413),
+        (b'{"model": "ok", "list": [' + b"[]," * 600_000 + b"1]}", None, 413),
     ],
 )
 def test_a_body_that_is_refused_is_one_call(
