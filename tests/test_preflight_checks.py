@@ -189,6 +189,26 @@ def test_a_check_finds_what_it_is_for(check):
         assert secret not in report
 
 
+def test_what_is_installed_needs_the_room_of_its_installation_no_more():
+    """A host whose disk has filled up over a year is no fresh one; a full one is refused all the same."""
+    minimum = {**scene().minimum, "disk": {**scene().minimum["disk"], "postgresql": {"/opt": 2}}}
+    programs = ["/opt/litellm/current", "/opt/litellm-sqlalchemy/current"]
+    for free, installed, clusters, seen in (
+        (2.2, ["/opt/litellm/current"], [CLUSTER], []),
+        (0.6, programs, [CLUSTER], []),
+        (0.2, programs, [CLUSTER], ["[gw1]  /opt has 0.2 GiB free; 0.25 GiB"]),
+        (0.6, programs[:1], [CLUSTER], ["[gw1]  /opt has 0.6 GiB free; 0.7 GiB"]),
+        (1.5, programs, [{**CLUSTER, "name": "other"}], ["[db1]  /opt has 1.5 GiB free; 2 GiB"]),
+    ):
+        disks = [{**DISK, "free": free * GIB}]
+        changed = {"disks": disks, "installed": installed, "clusters": clusters}
+        run = scene(db_facts=changed, gateway_facts=changed, minimum=minimum)
+        report = preflight_checks.render(list(preflight_checks.CHECKS["disk-space"].run(run)), 2)
+        lines = [line for line in report if "GiB free" in line]
+        assert len(lines) == len(seen), report
+        assert all(words in line for words, line in zip(seen, lines, strict=True)), report
+
+
 def test_an_example_on_a_roles_own_variable_is_found():
     ids, report = found(scene(db={"postgresql_ca_passphrase": "changeme-please-1234"}))
     assert "secret-example" in ids

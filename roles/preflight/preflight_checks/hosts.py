@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from .model import Run, check
 
 GIB = 1024**3
+#: Part of what a role needs for its first installation that has to be free where it is installed already.
+_AGAIN = 0.1
 
 
 @check("host-access", "Every host can be reached, has Python, and its tasks run as root")
@@ -85,13 +88,17 @@ def memory(run: Run) -> Iterator[tuple[str, ...]]:
 @check("disk-space", "Enough free space and inodes under every path that is written to")
 def disk_space(run: Run) -> Iterator[tuple[str, ...]]:
     for host, facts in run.looked_at():
+        there = installed_roles(facts)
         for disk in facts["disks"]:
-            needs = (run.minimum["disk"].get(role, {}).get(disk["path"], 0) for role in host.roles)
+            needs = (
+                run.minimum["disk"].get(role, {}).get(disk["path"], 0) * (_AGAIN if role in there else 1)
+                for role in host.roles
+            )
             need, have = sum(needs), disk["free"] / GIB
             if have < need:
                 yield (
                     host.name,
-                    f"{disk['path']} has {have:.1f} GiB free; {need:g} GiB are needed.",
+                    f"{disk['path']} has {have:.1f} GiB free; {round(need, 2):g} GiB are needed.",
                     f"free or add space under {disk['path']}.",
                 )
             if disk["inodes_free_percent"] < 5:
@@ -100,6 +107,14 @@ def disk_space(run: Run) -> Iterator[tuple[str, ...]]:
                     f"{disk['path']} has {disk['inodes_free_percent']} % of its inodes left.",
                     f"remove small files from the file system of {disk['path']}.",
                 )
+
+
+def installed_roles(facts: Mapping[str, Any]) -> set[str]:
+    """Return the roles whose data or programs are on a host already."""
+    releases = {"litellm": "/opt/litellm/current", "litellm_logger": "/opt/litellm-sqlalchemy/current"}
+    found = {role for role, path in releases.items() if path in facts["installed"]}
+    clusters = {(cluster["version"], cluster["name"]) for cluster in facts["clusters"]}
+    return found | ({"postgresql"} if ("17", "main") in clusters else set())
 
 
 @check("disk-mount", "Paths that are written to are writable, and programs under /opt may run")
