@@ -325,6 +325,13 @@ def test_a_lock_names_its_holder(tmp_path):
         pass
 
 
+def test_without_off_host_copies_none_is_sent_or_fetched(monkeypatch):
+    monkeypatch.delenv("CREDENTIALS_DIRECTORY", raising=False)
+    for verb in (cli._copy, cli._fetch):
+        with pytest.raises(RefusedError, match="no off-host copy is configured"):
+            verb(Settings([], [], {}), SimpleNamespace(dump="newest"))
+
+
 def test_a_copy_elsewhere_does_not_count(tmp_path):
     here, there = (Settings([], [], {}, dumps=str(tmp_path), offsite=place) for place in ("offsite:/a", "offsite:b"))
     assert offsite.state(here) == {}

@@ -11,7 +11,7 @@ from ansible.module_utils.basic import AnsibleModule
 
 DOCUMENTATION = r"""
 module: postgresql_backup_files
-short_description: Write files with given content, owner, group and mode
+short_description: Write files with given content, owner, group and mode, and remove others
 description:
   - One call for all, because each task costs a connection. A file is replaced in one step, and only when it differs.
 options:
@@ -20,6 +20,11 @@ options:
     type: list
     elements: dict
     required: true
+  absent:
+    description: Paths of files that are removed, after the others were written.
+    type: list
+    elements: str
+    default: []
 author: The litellm-gateway authors
 """
 
@@ -32,6 +37,10 @@ EXAMPLES = r"""
 RETURN = r"""
 written:
   description: Paths that were written, or would be in check mode.
+  type: list
+  returned: always
+removed:
+  description: Paths that were removed, or would be in check mode.
   type: list
   returned: always
 """
@@ -79,7 +88,11 @@ def write(path: str, content: str, owner: str, group: str, mode: int) -> None:
 
 def main() -> None:
     module = AnsibleModule(
-        argument_spec={"files": {"type": "list", "elements": "dict", "required": True}}, supports_check_mode=True
+        argument_spec={
+            "files": {"type": "list", "elements": "dict", "required": True},
+            "absent": {"type": "list", "elements": "str", "default": []},
+        },
+        supports_check_mode=True,
     )
     os.umask(0o022)  # a hardened host's 027 would keep the directories from the users of the backups
     written, diff = [], []
@@ -99,7 +112,13 @@ def main() -> None:
                 write(file["path"], file["content"], *wanted)
             except (OSError, KeyError) as error:
                 module.fail_json(msg=f"{file['path']} cannot be written: {error}")
-    module.exit_json(changed=bool(written), written=written, diff=diff)
+    removed = [path for path in module.params["absent"] if os.path.lexists(path)]
+    for path in removed if not module.check_mode else ():
+        try:
+            os.unlink(path)
+        except OSError as error:
+            module.fail_json(msg=f"{path} cannot be removed: {error}")
+    module.exit_json(changed=bool(written or removed), written=written, removed=removed, diff=diff)
 
 
 if __name__ == "__main__":

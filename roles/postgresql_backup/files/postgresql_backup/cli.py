@@ -264,7 +264,9 @@ def _prune(settings: Settings, options: argparse.Namespace) -> int:
     return ExitCode.OK
 
 
-def _rclone_configuration() -> str:
+def _rclone_configuration(settings: Settings) -> str:
+    if not settings.offsite:
+        raise RefusedError("no off-host copy is configured: put a host into the inventory group backup")
     directory = os.environ.get("CREDENTIALS_DIRECTORY")
     if not directory:
         raise RefusedError(
@@ -274,12 +276,12 @@ def _rclone_configuration() -> str:
 
 
 def _copy(settings: Settings, options: argparse.Namespace) -> int:
-    print(f"sent {', '.join(offsite.copy(settings, _rclone_configuration())) or 'nothing: all is there'}")
+    print(f"sent {', '.join(offsite.copy(settings, _rclone_configuration(settings))) or 'nothing: all is there'}")
     return ExitCode.OK
 
 
 def _fetch(settings: Settings, options: argparse.Namespace) -> int:
-    print(offsite.fetch(settings, _rclone_configuration(), "" if options.dump == "newest" else options.dump))
+    print(offsite.fetch(settings, _rclone_configuration(settings), "" if options.dump == "newest" else options.dump))
     return ExitCode.OK
 
 

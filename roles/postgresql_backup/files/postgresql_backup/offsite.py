@@ -28,8 +28,6 @@ def state(settings: Settings) -> dict[str, Any]:
 
 def copy(settings: Settings, config: str) -> list[str]:
     """Send what is missing there, remove what no rule keeps there; return the names sent. Raises BackupError."""
-    if not settings.offsite:
-        raise RefusedError("no off-host copy is configured: put a host into the inventory group backup")
     directory = Path(settings.dumps)
     rclone = [*_rclone(settings, config), "--low-level-retries=3", "--retries=2"]
     with lock(directory / ".copy-lock"):
