@@ -24,7 +24,8 @@ def locks(db, table, condition):
 
 
 def store_address(db):
-    return "postgresql-backup@" + db.run("cut -d' ' -f1 /etc/postgresql-backup/known_hosts | head -n 1")
+    host, _, port = db.run("cut -d' ' -f1 /etc/postgresql-backup/known_hosts | head -n 1").strip("[").partition("]:")
+    return f"-o Port={port or 22} postgresql-backup@{host}"
 
 
 @contextlib.contextmanager

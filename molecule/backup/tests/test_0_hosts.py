@@ -4,7 +4,7 @@ import re
 
 import pytest
 from conftest import changes, controller, play
-from helpers import DRILL, RUN
+from helpers import DRILL, RUN, store_address
 
 UNITS = ["dump", "base@full", "mark", "copy", "fetch@newest", "drill@dump", "report@dump", "status"]
 
@@ -97,3 +97,13 @@ def test_what_cannot_be_done_is_one_line_that_says_what_to_do(db, hide, verb, wo
 @pytest.mark.parametrize("limit", ["db1", "store1"])
 def test_a_run_that_is_limited_to_one_host_keeps_what_lets_the_two_meet(limit):
     assert changes(controller(play("backup.yml") + f" --limit {limit} --check")) == []
+
+
+def test_copies_go_to_the_port_that_the_store_listens_on(db, store):
+    """It stays there for all tests."""
+    store.run("echo 'Port 2222' > /etc/ssh/sshd_config.d/40-port.conf; systemctl restart ssh")
+    assert db.try_run("systemctl start postgresql-backup-copy").returncode
+    controller(play("backup.yml") + " --limit db1")
+    db.run("systemctl start postgresql-backup-copy; runuser -u postgres -- pgbackrest --stanza=main check")
+    assert "Port=2222" in store_address(db)
+    assert changes(controller(play("backup.yml") + " --check")) == []
