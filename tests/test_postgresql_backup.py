@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -89,6 +90,23 @@ def test_prune_removes_what_no_rule_keeps(tmp_path):
     store(tmp_path, second)
     assert dumps.prune(tmp_path, {"hourly": 1}) == [first]
     assert dumps.names(tmp_path) == [second]
+
+
+def test_what_retention_removes_meanwhile_is_no_damage(monkeypatch, tmp_path, capsys):
+    kept, removed = names([1, 2])
+    store(tmp_path, kept)
+    store(tmp_path, removed)
+    check_files = dumps.check_files
+
+    def checked(folder, manifest, pace=None):
+        shutil.rmtree(tmp_path / removed, ignore_errors=True)  # as a dump does at its end
+        check_files(folder, manifest, pace)
+
+    monkeypatch.setattr(dumps, "check_files", checked)
+    settings = Settings([], [], {}, dumps=str(tmp_path))
+    assert cli._verify(settings, SimpleNamespace(dump="", decrypt=False)) == ExitCode.OK
+    assert capsys.readouterr().out.split()[:2] == ["OK", kept]
+    assert cli._verify(settings, SimpleNamespace(dump=removed, decrypt=False)) == ExitCode.DAMAGED
 
 
 @pytest.mark.parametrize(("content", "word"), [(b"", "empty"), (b"encrypt", "truncated"), (b"encryptee", "changed")])

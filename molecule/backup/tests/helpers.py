@@ -9,6 +9,8 @@ RUN = "/run/postgresql-backup"
 DRILL = "/var/lib/postgresql-drill"
 PLANTED = "/var/tmp/planted"
 DUMP, BASE = "postgresql-backup-dump.service", "postgresql-backup-base@full.service"
+INCREMENTAL = "postgresql-backup-base@incr.service"
+MARK = "postgresql-backup-mark.service"
 
 
 def newest(db):
@@ -38,6 +40,17 @@ def without_segment(db, newer=0):
         yield
     finally:
         db.run(f"mv /root/segment {segment}")
+
+
+@contextlib.contextmanager
+def without_marking(db):
+    """Have the drill of a base backup write no marker before it."""
+    unit = "/etc/systemd/system/postgresql-backup-mark.service"
+    db.run(f"mv {unit} /root/mark.service; systemctl daemon-reload")
+    try:
+        yield
+    finally:
+        db.run(f"mv /root/mark.service {unit}; systemctl daemon-reload")
 
 
 def places_of(host, text, places):

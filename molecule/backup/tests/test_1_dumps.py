@@ -79,6 +79,8 @@ def test_what_overlaps_with_a_dump_is_safe(db, gateway, recovery_key):
         wait_until(lambda: locks(db, "known", "granted"))
         db.run(f"systemctl start --no-block {DUMP}")
         wait_until(lambda: locks(db, "known", "NOT granted"))
+        reader = "SELECT pid FROM pg_stat_activity WHERE application_name = 'postgresql-backup'"
+        assert locks(db, "requests", f"granted AND pid IN ({reader})")  # until it has read it, longer than pg_dump
         alter = "ALTER TABLE requests ADD COLUMN added int; ALTER TABLE requests DROP COLUMN added"
         began = int(time.time())
         db.sql(f"SET ROLE litellm_owner; SET lock_timeout = '10s'; BEGIN; {alter}; COMMIT")

@@ -1,13 +1,26 @@
 """Drills find every damage, and touch nothing but their spare cluster."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from helpers import BASE, DRILL, DUMPS, RUN, newest, wait_until, without_segment
+from helpers import (
+    BASE,
+    DRILL,
+    DUMPS,
+    INCREMENTAL,
+    MARK,
+    RUN,
+    locks,
+    newest,
+    wait_until,
+    without_marking,
+    without_segment,
+)
 
 
 def test_both_drills_are_green_and_leave_nothing(db):
-    db.run(f"systemctl start {BASE} && systemctl start postgresql-backup-base@incr.service")
+    db.run(f"systemctl start {BASE} && systemctl start {INCREMENTAL}")
     for kind in ("dump", "base"):
         report = db.drill(kind)
         assert report["ok"], report["message"]
@@ -126,13 +139,54 @@ def test_a_table_that_comes_back_empty_turns_the_drill_of_the_base_backup_red(db
     db.run("systemctl start postgresql-backup-mark.service")
     after = json.loads(db.run(f"cat {marker}"))
     after["databases"] = before["databases"]
-    unit = "/etc/systemd/system/postgresql-backup-mark.service"  # the drill's own start of it would write another
-    db.run(f"mv {unit} /root/mark.service; systemctl daemon-reload; cat > {marker}", json.dumps(after))
-    report = db.drill("base")
-    db.run(f"mv /root/mark.service {unit}; systemctl daemon-reload")
+    with without_marking(db):
+        db.run(f"cat > {marker}", json.dumps(after))
+        report = db.drill("base")
     db.sql("DROP TABLE emptied")
     assert not report["ok"]
     assert "table public.emptied has 0 rows instead of 100" in report["message"]
+
+
+def test_a_base_backup_that_ended_since_the_marker_is_not_drilled(db):
+    db.run("systemctl start postgresql-backup-mark.service")
+    with without_marking(db):
+        db.run(f"systemctl start {INCREMENTAL}")
+        newer = db.run("postgresql-backup list | grep '^base.*repository 1' | tail -n 1 | cut -d' ' -f3")
+        report = db.drill("base")
+    assert report["ok"], report["message"]
+    assert report["backup"] < newer
+
+
+#: Writes as a batch does: into `requests` first, and when the marker waits for that, into what a trigger writes to.
+BATCH = """BEGIN; LOCK TABLE requests IN ROW EXCLUSIVE MODE;
+DO $$ BEGIN
+WHILE NOT EXISTS (SELECT FROM pg_locks WHERE relation = 'requests'::regclass AND mode = 'ShareLock')
+LOOP PERFORM pg_sleep(0.05); END LOOP;
+END $$;
+LOCK TABLE daily_usage IN ROW EXCLUSIVE MODE; COMMIT"""
+
+
+def test_a_marker_and_who_writes_into_several_tables_do_not_wait_for_each_other(db):
+    own = "pid IN (SELECT pid FROM pg_stat_activity WHERE application_name = 'psql')"
+    with ThreadPoolExecutor() as pool:
+        batch = pool.submit(db.sql, BATCH)
+        wait_until(lambda: locks(db, "requests", f"mode = 'RowExclusiveLock' AND {own}"))
+        db.run(f"systemctl start {MARK}")
+        batch.result()
+
+
+def test_a_marker_waits_for_who_writes_for_long(db):
+    lock = "BEGIN; LOCK TABLE alembic_version IN ROW EXCLUSIVE MODE; SELECT pg_sleep(900)"
+    held = "relation = 'alembic_version'::regclass AND mode = 'RowExclusiveLock'"
+    db.run(f"systemd-run --quiet --collect --unit=blocker -- runuser -u postgres -- psql litellm -c '{lock}'")
+    try:
+        wait_until(lambda: locks(db, "alembic_version", "mode = 'RowExclusiveLock'"))
+        db.run(f"rm -f {RUN}/server/marker.json; systemctl start --no-block {MARK}")
+        wait_until(lambda: "trying again" in db.run(f"journalctl -u {MARK} -n 3 -o cat --no-pager"))
+    finally:
+        db.sql(f"SELECT pg_terminate_backend(pid) FROM pg_locks WHERE {held}")
+    wait_until(lambda: db.run(f"systemctl show -P ActiveState {MARK}") == "inactive")
+    assert "alembic_version" in db.run(f"cat {RUN}/server/marker.json")
 
 
 def test_a_killed_drill_is_red_and_leaves_nothing(db):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -9,10 +10,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from psycopg2 import sql
-
-from postgresql_backup.database import TABLES, Connection, GivingWay, contents, one, rows, session
-from postgresql_backup.errors import BackupError, DatabaseError, RefusedError, ToolError
+from postgresql_backup.database import Connection, GivingWay, contents, lock_tables, one, rows, session
+from postgresql_backup.errors import BackupError, DatabaseError, LockedError, RefusedError, ToolError
 from postgresql_backup.settings import Settings
 from postgresql_backup.tools import Pace, check_room, lock, run, utc, wait_for, write_json
 
@@ -27,6 +26,8 @@ _PREPARE = (
 )
 #: How long writers wait at most while a marker's content is fixed.
 _STILL_TIMEOUT = "5s"
+#: How often that is tried, and seconds in between.
+_STILL_ATTEMPTS, _STILL_PAUSE = 20, 30
 #: pgBackRest's status of a repository that it could not look into.
 _UNREADABLE = 99
 _POINT_NAME = re.compile(r"^[A-Za-z0-9_.-]{1,63}$")
@@ -231,11 +232,7 @@ def mark(settings: Settings, name: str = "", *, content: bool = False) -> dict[s
         if not content:
             return {**marker, "segment": _archive(connection, marker["name"])}
         with ExitStack() as views:
-            found = {}
-            with ExitStack() as locks:
-                for database in settings.databases:
-                    found[database] = _still(settings, database, locks, views)
-                marker["segment"] = _point(connection, marker["name"])
+            found, marker["segment"] = _still_point(settings, connection, marker["name"], views)
             marker["databases"] = {}
             for database, view in found.items():
                 with GivingWay(settings, database, "the marker", pids=[view.info.backend_pid]):
@@ -243,6 +240,30 @@ def mark(settings: Settings, name: str = "", *, content: bool = False) -> dict[s
         _wait_archived(connection, marker["segment"])
     write_json(settings.server / "marker.json", marker)
     return marker
+
+
+def _still_point(
+    settings: Settings, connection: Connection, name: str, views: ExitStack
+) -> tuple[dict[str, Connection], str]:
+    """Name a point at which nobody writes; return what _still does, by database, and the point's segment.
+
+    Who has a table for long - a vacuum against wraparound, a large deletion - is waited for between the attempts, and
+    writers wait for none of them longer than _STILL_TIMEOUT. Raises LockedError.
+    """
+    attempt = 0
+    while True:
+        attempt += 1
+        try:
+            with ExitStack() as locks, ExitStack() as opened:
+                found = {database: _still(settings, database, locks, opened) for database in settings.databases}
+                segment = _point(connection, name)
+                views.enter_context(opened.pop_all())
+                return found, segment
+        except LockedError as error:
+            if attempt == _STILL_ATTEMPTS:
+                raise
+            print(f"{error}; trying again", flush=True)
+            time.sleep(_STILL_PAUSE)
 
 
 def _still(settings: Settings, database: str, locks: ExitStack, views: ExitStack) -> Connection:
@@ -253,12 +274,11 @@ def _still(settings: Settings, database: str, locks: ExitStack, views: ExitStack
     locker = locks.enter_context(session(settings, database))
     rows(locker, f"SET lock_timeout = '{_STILL_TIMEOUT}'")
     rows(locker, "BEGIN")
-    tables = [sql.SQL("ONLY {}").format(sql.Identifier(schema, table)) for schema, table, _ in rows(locker, TABLES)]
-    if tables:
-        rows(locker, sql.SQL("LOCK TABLE {} IN SHARE MODE").format(sql.SQL(", ").join(tables)))
+    lock_tables(locker, "SHARE")
     view = views.enter_context(session(settings, database))
     rows(view, "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
     rows(view, "SELECT pg_current_snapshot()")
+    lock_tables(view, "ACCESS SHARE")  # what is truncated or rewritten before it was read looks empty to a snapshot
     return view
 
 

@@ -23,11 +23,11 @@ _TEXT_FORM = (
     "-c search_path=pg_catalog -c max_parallel_workers_per_gather=0 -c statement_timeout=0 "
     f"-c lock_timeout={LOCK_TIMEOUT} -c idle_in_transaction_session_timeout=0"
 )
-TABLES = """
-SELECT n.nspname, c.relname, pg_relation_size(c.oid) / current_setting('block_size')::int
+_TABLES = """
+SELECT n.nspname, c.relname, c.oid
 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
 WHERE c.relkind = 'r' AND c.relpersistence = 'p' AND n.nspname !~ '^pg_' AND n.nspname <> 'information_schema'
-ORDER BY 1, 2
+ORDER BY c.oid -- as pg_dump locks them; who writes into several begins with the oldest, too, or there are deadlocks
 """
 #: Two seeds give 128 bits; a sum does not depend on the order of the rows.
 _CONTENT = sql.SQL(
@@ -86,6 +86,8 @@ def session(
         with closing(opened) as connection:
             connection.autocommit = True
             yield connection
+    except (psycopg2.errors.LockNotAvailable, psycopg2.errors.DeadlockDetected) as error:
+        raise LockedError(f"database {database}: somebody else has a table: {error.diag.message_primary}") from None
     except psycopg2.Error as error:
         reason = str(error.diag.message_primary or error).strip().splitlines()[0]
         raise DatabaseError(f"database {database}: {reason}") from None
@@ -104,10 +106,20 @@ def one(connection: Connection, statement: str, *parameters: Any) -> Any:
     return rows(connection, statement, *parameters)[0][0]
 
 
+def lock_tables(connection: Connection, mode: str) -> None:
+    """Lock all tables until the transaction ends. Raises LockedError, by its session, when that takes too long."""
+    tables = [
+        sql.SQL("ONLY {}").format(sql.Identifier(schema, table)) for schema, table, _ in rows(connection, _TABLES)
+    ]
+    if tables:
+        rows(connection, sql.SQL("LOCK TABLE {} IN {} MODE").format(sql.SQL(", ").join(tables), sql.SQL(mode)))
+
+
 def contents(connection: Connection, pace: Pace | None = None) -> Tables:
     """Return row count and content digest of each table, as this session's snapshot sees them."""
     found: Tables = {}
-    for schema, table, pages in rows(connection, TABLES):
+    for schema, table, oid in rows(connection, _TABLES):
+        pages = one(connection, "SELECT pg_relation_size(%s::oid) / current_setting('block_size')::int", oid)
         count = first = second = 0
         for start in range(0, pages, _PAGES):
             ends = (sql.Literal(f"({page},0)") for page in (start, start + _PAGES))

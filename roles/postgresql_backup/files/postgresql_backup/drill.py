@@ -87,10 +87,11 @@ def _drill_dump(settings: Settings, spare: Spare, report: Report, identity: str)
     manifest = dumps.newest(directory)
     check_age("dump", manifest.moment, settings.limit("dump"))
     check_version(settings, manifest.server_version)
+    identity = identity or own_identity(settings, manifest)  # the next dump takes it away
     for name in reversed(dumps.names(directory)):
-        dumps.check_files(directory / name, dumps.load(directory / name))
+        with dumps.unless_gone(directory / name):
+            dumps.check_files(directory / name, dumps.load(directory / name))
     _check_not_emptied(directory, manifest)
-    identity = identity or own_identity(settings, manifest)
     size = sum(found["size"] for found in manifest.databases.values())
     check_room(Path(settings.drill), size * 1.2 + manifest.size, "the drill")
     began = time.monotonic()
@@ -122,17 +123,19 @@ def _drill_base(settings: Settings, spare: Spare, report: Report) -> None:
     if not found:
         raise DamagedError("there is no base backup: systemctl start postgresql-backup-base@full.service")
     check_version(settings, stanza["db"][-1]["version"])
-    backup = found[-1]
+    marker = _marker(settings)
+    # One that has ended since is none that the marker can prove.
+    before = [backup for backup in found if backup.ended < datetime.fromisoformat(marker["written_at"])]
+    if not before:
+        raise DamagedError(
+            "no marker was written after the base backup: systemctl start postgresql-backup-mark.service"
+        )
+    backup = before[-1]
     report.backup = backup.label
     check_age("base backup", backup.ended, settings.limit("base_backup"))
     if backup.error:
         raise DamagedError(
             f"base backup {backup.label} holds pages whose checksum is wrong: pgbackrest info says which"
-        )
-    marker = _marker(settings)
-    if datetime.fromisoformat(marker["written_at"]) <= backup.ended:
-        raise DamagedError(
-            "no marker was written after the base backup: systemctl start postgresql-backup-mark.service"
         )
     check_room(Path(settings.drill), backup.size * 1.2, "the drill")
     began = time.monotonic()

@@ -12,6 +12,7 @@ from postgresql_backup.database import (
     GivingWay,
     contents,
     libpq,
+    lock_tables,
     login,
     one,
     rows,
@@ -109,6 +110,8 @@ class _Dump:
             snapshot, taken, lsn = rows(
                 connection, "SELECT pg_export_snapshot(), clock_timestamp(), pg_current_wal_lsn()::text"
             )[0]
+            # Until all is read, and not by pg_dump alone: a table that was truncated since looks empty to a snapshot.
+            lock_tables(connection, "ACCESS SHARE")
             command = [
                 f"{self._settings.bin}/pg_dump",
                 f"--dbname={database}",

@@ -8,13 +8,14 @@
 import json
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from postgresql_backup.errors import DamagedError, RefusedError
+from postgresql_backup.errors import BackupError, DamagedError, RefusedError
 from postgresql_backup.tools import Pace, hash_file, sync_directory, write_json
 
 FORMAT = 1
@@ -163,6 +164,16 @@ def is_whole(folder: Path) -> bool:
     except DamagedError:
         return False
     return True
+
+
+@contextmanager
+def unless_gone(folder: Path) -> Iterator[None]:
+    """Let the block fail in silence when retention has removed the dump meanwhile."""
+    try:
+        yield
+    except (BackupError, OSError):
+        if folder.exists():
+            raise
 
 
 def prune(directory: Path, retention: dict[str, int]) -> list[str]:
