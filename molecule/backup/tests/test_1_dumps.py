@@ -23,6 +23,27 @@ def test_a_dump_under_load_equals_its_snapshot_and_is_encrypted(db, gateway, rec
     assert places_of(db, recovery_key, "/etc /var /root /run") == []
 
 
+#: Prints what a manifest would say of a table.
+DIGEST = """
+import sys
+sys.path.insert(0, "/usr/local/lib/postgresql-backup")
+from postgresql_backup.database import contents, session
+from postgresql_backup.settings import load_settings
+with session(load_settings(), "litellm") as connection:
+    print(contents(connection)[sys.argv[1]])
+"""
+
+
+def test_a_digest_is_of_all_columns_whatever_their_names(db):
+    db.sql("""CREATE TABLE "t ""ü" (t int, "count(*)" text); INSERT INTO "t ""ü" VALUES (1, 'a')""")
+    found = []
+    for value in "aba":
+        db.sql(f"""UPDATE "t ""ü" SET "count(*)" = '{value}'""")
+        found.append(db.run("python3 -IB - 'public.t \"ü'", DIGEST))
+    db.sql('DROP TABLE "t ""ü"')
+    assert found[0] == found[2] != found[1]
+
+
 def test_the_backup_login_reads_and_does_nothing_else(db):
     assert (
         db.sql("SELECT rolsuper OR rolcreaterole OR rolcreatedb FROM pg_roles WHERE rolname LIKE 'litellm_backup__'")[0]
@@ -34,6 +55,16 @@ def test_the_backup_login_reads_and_does_nothing_else(db):
         done = db.try_run(f"{login} psql -h /var/run/postgresql litellm -c '{statement}'")
         assert done.returncode
         assert "denied" in done.stderr or "read-only" in done.stderr
+
+
+def test_a_dump_takes_longer_than_sessions_may(db):
+    timeouts = ("transaction_timeout", "idle_session_timeout", "idle_in_transaction_session_timeout")
+    roles = [f"ALTER ROLE litellm_backup_{letter}" for letter in "ab"]
+    db.sql("; ".join(f"{role} SET {timeout} = '500ms'" for role in roles for timeout in timeouts))
+    try:
+        db.run(f"systemctl start {DUMP}")
+    finally:
+        db.sql("; ".join(f"{role} RESET {timeout}" for role in roles for timeout in timeouts))
 
 
 @pytest.mark.parametrize("signal", ["KILL", "TERM"])

@@ -21,7 +21,8 @@ LOCK_TIMEOUT = "30s"
 _TEXT_FORM = (
     "-c datestyle=ISO -c intervalstyle=iso_8601 -c timezone=UTC -c bytea_output=hex -c extra_float_digits=1 "
     "-c search_path=pg_catalog -c max_parallel_workers_per_gather=0 -c statement_timeout=0 "
-    f"-c lock_timeout={LOCK_TIMEOUT} -c idle_in_transaction_session_timeout=0"
+    f"-c lock_timeout={LOCK_TIMEOUT} -c transaction_timeout=0 -c idle_in_transaction_session_timeout=0 "
+    "-c idle_session_timeout=0"
 )
 _TABLES = """
 SELECT n.nspname, c.relname, c.oid
@@ -31,8 +32,8 @@ ORDER BY c.oid -- as pg_dump locks them; who writes into several begins with the
 """
 #: Two seeds give 128 bits; a sum does not depend on the order of the rows.
 _CONTENT = sql.SQL(
-    "SELECT count(*), coalesce(sum(hashtextextended(t::text, 0)), 0), coalesce(sum(hashtextextended(t::text, 1)), 0) "
-    "FROM ONLY {} AS t WHERE ctid >= {}::tid AND ctid < {}::tid"
+    "SELECT count(*), coalesce(sum(hashtextextended((t.*)::text, 0)), 0), "
+    "coalesce(sum(hashtextextended((t.*)::text, 1)), 0) FROM ONLY {} AS t WHERE ctid >= {}::tid AND ctid < {}::tid"
 )
 #: Pages of a table that are looked at before a rest: 8 MB, and what their rows have elsewhere.
 _PAGES = 1024
