@@ -33,6 +33,19 @@ def test_both_drills_are_green_and_leave_nothing(db):
     assert 'check="drill.base"} 1' in db.run("cat /var/lib/prometheus/node-exporter/postgresql_backup.prom")
 
 
+@pytest.mark.parametrize("kind", ["dump", "base"])
+def test_a_drill_that_might_fill_the_disk_of_the_server_is_not_begun(db, kind):
+    """Not even with twice the room of the data: an empty cluster and WAL come on top."""
+    data = int(db.sql("SELECT sum(pg_database_size(oid)) FROM pg_database")[0])
+    owner = "uid=$(id -u postgresql-drill),gid=$(id -g postgresql-backup)"
+    db.run(f"mount -t tmpfs -o size={2 * data},mode=2750,{owner} none {DRILL}")
+    try:
+        report = db.drill(kind)
+    finally:
+        db.run(f"umount {DRILL}")
+    assert "nothing was begun" in report["message"]
+
+
 def test_a_drill_cannot_reach_the_live_cluster(db):
     properties = db.run(
         "systemctl show postgresql-backup-drill@dump.service -p PrivateNetwork,User,InaccessiblePaths,MemoryMax"

@@ -19,7 +19,17 @@ from postgresql_backup.dumps import Manifest
 from postgresql_backup.errors import BackupError, DamagedError, DatabaseError, ExitCode, SettingsError, ToolError
 from postgresql_backup.settings import Settings
 from postgresql_backup.spare import Spare
-from postgresql_backup.tools import acting_as, check_room, duration, lock, megabytes, run, utc, write_json
+from postgresql_backup.tools import (
+    CLUSTER_ROOM,
+    acting_as,
+    check_room,
+    duration,
+    lock,
+    megabytes,
+    run,
+    utc,
+    write_json,
+)
 
 KINDS = ("dump", "base")
 
@@ -93,7 +103,7 @@ def _drill_dump(settings: Settings, spare: Spare, report: Report, identity: str)
             dumps.check_files(directory / name, dumps.load(directory / name))
     _check_not_emptied(directory, manifest)
     size = sum(found["size"] for found in manifest.databases.values())
-    check_room(Path(settings.drill), size * 1.2 + manifest.size, "the drill")
+    check_room(Path(settings.drill), size * 1.2 + manifest.size + CLUSTER_ROOM, "the drill")
     began = time.monotonic()
     spare.initialise()
     spare.start()
@@ -137,7 +147,7 @@ def _drill_base(settings: Settings, spare: Spare, report: Report) -> None:
         raise DamagedError(
             f"base backup {backup.label} holds pages whose checksum is wrong: pgbackrest info says which"
         )
-    check_room(Path(settings.drill), backup.size * 1.2, "the drill")
+    check_room(Path(settings.drill), backup.size * 1.2 + CLUSTER_ROOM, "the drill")
     began = time.monotonic()
     try:
         run(["pgbackrest", *options, f"--stanza={settings.stanza}", "--repo=1", f"--set={backup.label}",

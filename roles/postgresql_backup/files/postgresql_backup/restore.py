@@ -21,6 +21,7 @@ from postgresql_backup.database import one, rows, session
 from postgresql_backup.errors import BackupError, DamagedError, RefusedError, ToolError
 from postgresql_backup.settings import Settings
 from postgresql_backup.tools import (
+    CLUSTER_ROOM,
     acting_as,
     check_room,
     environment,
@@ -161,8 +162,8 @@ class Restored:
                 )
 
     def refuse_small_disk(self, size: float) -> None:
-        """Raise RefusedError when the disk has not room for the cluster and a tenth more."""
-        check_room(self.data.parent, size * 1.1, "the restore")
+        """Raise RefusedError when the disk has not room for the cluster and a tenth more, and for WAL."""
+        check_room(self.data.parent, size * 1.1 + CLUSTER_ROOM, "the restore")
 
     def create(self) -> None:
         """Make the cluster as Debian does: a socket of its own, no network, no archiving."""

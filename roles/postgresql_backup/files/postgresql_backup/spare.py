@@ -70,7 +70,7 @@ class Spare:
             "jit": "off",
             "shared_buffers": "128MB",
             "maintenance_work_mem": "128MB",
-            "max_wal_size": "2GB",
+            "max_wal_size": "512MB",  # the live server may share the disk
             "logging_collector": "off",
         }
         configuration.write_text("".join(f"{name} = '{value}'\n" for name, value in values.items()))

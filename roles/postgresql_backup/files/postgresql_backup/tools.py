@@ -20,6 +20,8 @@ from typing import IO, Any
 from postgresql_backup.errors import LockedError, RefusedError, ToolError
 
 _BLOCK = 1024 * 1024
+#: Bytes that a cluster takes beside its data while it is restored: an empty one, and WAL. The live one shares the disk.
+CLUSTER_ROOM = 1e9
 #: Seconds.
 _LONGEST_REST = 5.0
 
