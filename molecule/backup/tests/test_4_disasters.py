@@ -47,6 +47,36 @@ def test_the_copies_are_off_the_host_and_their_user_has_no_shell(db, store):
     assert "uid=" not in done.stdout
 
 
+def test_copies_go_newest_first_and_what_was_broken_off_is_completed_or_removed(db, store):
+    db.run("systemctl start postgresql-backup-dump.service; systemctl start postgresql-backup-copy.service")
+    newer, older, gone = newest(db), "20260101T000000Z", "20250101T000000Z"  # which the host has no more
+    copies = "/srv/postgresql-backup/dumps"
+    db.run(f"cd {DUMPS}; cp -a {newer} {older}; sed -i s/{newer}/{older}/ {older}/manifest.json")
+    db.run("systemctl start postgresql-backup-copy.service")
+    store.run(f"cd {copies}; cp -a {older} {gone}; rm {gone}/manifest.json {older}/manifest.json; rm -r {newer}")
+    store.run(f"truncate -s 10 {copies}/{older}/litellm.dump.age")
+    db.run("systemctl start postgresql-backup-copy.service")
+    assert f"sent {newer}, {older}" in db.run("journalctl -u postgresql-backup-copy -n 5 -o cat --no-pager")
+    there = store.run(f"ls {copies}").split()
+    assert {older, newer} <= set(there)
+    assert gone not in there
+    for name in (older, newer):
+        sums = f"cd {{}}/{name} && sha256sum *"
+        assert store.run(sums.format(copies)) == db.run(sums.format(DUMPS))
+    db.run(f"rm -r {DUMPS}/{older}")
+    store.run(f"rm -r {copies}/{older}")
+
+
+def test_a_copy_without_room_is_not_fetched(db):
+    owner = "uid=$(id -u postgresql-backup),gid=$(id -g postgresql-backup)"
+    db.run(f"mount -t tmpfs -o size=16k,mode=2750,{owner} none {DUMPS}")
+    try:
+        assert db.try_run("systemctl start postgresql-backup-fetch@newest").returncode
+        assert "nothing was begun" in db.run("journalctl -u postgresql-backup-fetch@newest -n 5 -o cat --no-pager")
+    finally:
+        db.run(f"umount {DUMPS}; systemctl reset-failed")
+
+
 @contextmanager
 def searched(db, key):
     """Look for the recovery key on the host, while the block runs and afterwards; what runs has it in its memory."""

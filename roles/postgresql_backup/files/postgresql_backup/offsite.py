@@ -14,7 +14,7 @@ from typing import Any
 from postgresql_backup import dumps
 from postgresql_backup.errors import DamagedError, RefusedError
 from postgresql_backup.settings import Settings
-from postgresql_backup.tools import lock, run, utc, write_json
+from postgresql_backup.tools import check_room, lock, run, utc, write_json
 
 
 def state(settings: Settings) -> dict[str, Any]:
@@ -27,28 +27,30 @@ def state(settings: Settings) -> dict[str, Any]:
 
 
 def copy(settings: Settings, config: str) -> list[str]:
-    """Send what is missing there, remove what no rule keeps there; return the names sent. Raises BackupError."""
+    """Send what is missing there, the newest first, remove what no rule keeps there; return the names sent.
+
+    Raises BackupError.
+    """
     directory = Path(settings.dumps)
     rclone = [*_rclone(settings, config), "--low-level-retries=3", "--retries=2"]
     with lock(directory / ".copy-lock"):
-        there = _whole(rclone, settings.offsite)
+        stored = _stored(rclone, settings.offsite)
+        there = {name for name, files in stored.items() if "manifest.json" in files}
+        wanted = dumps.kept(dumps.names(directory), settings.retention) - there
+        for name in sorted(stored.keys() - there - wanted):  # a copy or a removal that was broken off
+            _run([*rclone, "purge", f"{settings.offsite}/{name}"])
         sent, problems = [], []
-        for name in sorted(dumps.kept(dumps.names(directory), settings.retention) - there.keys()):
+        for name in sorted(wanted, reverse=True):
             try:
-                manifest = dumps.load(directory / name)
-                dumps.check_files(directory / name, manifest)
+                with dumps.unless_gone(directory / name):
+                    _send(rclone, directory / name, f"{settings.offsite}/{name}")
+                    sent.append(name)
+                    there.add(name)
             except DamagedError as error:  # it must not keep the good ones here
                 problems.append(str(error))
-                continue
-            target = f"{settings.offsite}/{name}"
-            _run([*rclone, "copy", "--exclude=manifest.json", str(directory / name), target])
-            _compare(rclone, target, manifest)
-            _run([*rclone, "copyto", str(directory / name / "manifest.json"), f"{target}/manifest.json"])
-            sent.append(name)
-            there[name] = 1
-        for name in sorted(there.keys() - dumps.kept(there, settings.retention)):
+        for name in sorted(there - dumps.kept(there, settings.retention)):
             _run([*rclone, "purge", f"{settings.offsite}/{name}"])
-            del there[name]
+            there.remove(name)
         write_json(
             _state_file(settings),
             {
@@ -69,7 +71,8 @@ def fetch(settings: Settings, config: str, name: str = "") -> Path:
     A damaged one of that name is kept as `.damaged-<name>`; a good one stays. Raises BackupError.
     """
     rclone = _rclone(settings, config)
-    there = _whole(rclone, settings.offsite)
+    stored = _stored(rclone, settings.offsite)
+    there = sorted(name for name, files in stored.items() if "manifest.json" in files)
     name = name or max(there, default="")
     if name not in there:
         raise RefusedError(
@@ -80,6 +83,7 @@ def fetch(settings: Settings, config: str, name: str = "") -> Path:
     with lock(directory / ".lock"):
         if target.exists() and dumps.is_whole(target):
             return target
+        check_room(directory, sum(stored[name].values()), "the dump")
         partial = directory / f"{dumps.PARTIAL}{name}"
         _run([*rclone, "copy", f"{settings.offsite}/{name}", str(partial)])
         manifest = dumps.load(partial, name)
@@ -107,15 +111,25 @@ def _run(command: list[str]) -> str:
     )
 
 
-def _whole(rclone: list[str], remote: str) -> dict[str, int]:
-    """Return the names of the whole copies."""
+def _stored(rclone: list[str], remote: str) -> dict[str, dict[str, int]]:
+    """Return the names of the copies, whole or not, with their files and sizes."""
     _run([*rclone, "mkdir", remote])
     listed = json.loads(_run([*rclone, "lsjson", "--recursive", "--files-only", "--no-modtime", remote]) or "[]")
-    return {
-        str(file["Path"]).split("/")[0]: 1
-        for file in listed
-        if str(file["Path"]).endswith("/manifest.json") and dumps.NAME.match(str(file["Path"]).split("/")[0])
-    }
+    found: dict[str, dict[str, int]] = {}
+    for file in listed:
+        name, _, path = str(file["Path"]).partition("/")
+        if dumps.NAME.match(name):
+            found.setdefault(name, {})[path] = int(file["Size"])
+    return found
+
+
+def _send(rclone: list[str], folder: Path, target: str) -> None:
+    """Send a dump that is whole, its manifest last. Raises BackupError."""
+    manifest = dumps.load(folder)
+    dumps.check_files(folder, manifest)
+    _run([*rclone, "copy", "--exclude=manifest.json", str(folder), target])
+    _compare(rclone, target, manifest)
+    _run([*rclone, "copyto", str(folder / "manifest.json"), f"{target}/manifest.json"])
 
 
 def _compare(rclone: list[str], target: str, manifest: dumps.Manifest) -> None:
