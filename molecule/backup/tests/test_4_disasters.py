@@ -169,6 +169,24 @@ def test_a_snapshot_that_fails_or_is_old_is_told(store):
         assert newest in said
 
 
+def test_a_snapshot_makes_room_before_and_leaves_none_taken_when_it_fails(store):
+    """On a disk of 1 MB; the oldest snapshot, older than its days, has most of it."""
+    store.run("mkdir -p /tmp/s /tmp/s-snapshots && mount -t tmpfs -o size=1m none /tmp/s-snapshots")
+    try:
+        old = [f"2026010{number}T000000Z" for number in range(1, 5)]
+        store.run(f"cd /tmp/s-snapshots; mkdir {' '.join(old)}; head -c 700k /dev/zero > {old[0]}/file")
+        store.run(f"cd /tmp/s-snapshots; touch -d '9 days ago' {' '.join(old)}; head -c 600k /dev/zero > /tmp/s/file")
+        store.run("/usr/local/sbin/postgresql-backup-snapshot /tmp/s 7")
+        [*kept, new] = store.run("ls -A /tmp/s-snapshots").split()
+        assert kept == old[1:]
+        assert store.run(f"ls /tmp/s-snapshots/{new}") == "file"
+        store.run("head -c 600k /dev/zero > /tmp/s/other")
+        assert store.try_run("/usr/local/sbin/postgresql-backup-snapshot /tmp/s 7").returncode
+        assert store.run("ls -A /tmp/s-snapshots").split() == [*old[2:], new]
+    finally:
+        store.run("umount /tmp/s-snapshots; rm -r /tmp/s /tmp/s-snapshots")
+
+
 def test_the_report_is_green(db, recovery_key):
     with searched(db, recovery_key):
         print(controller(play("run-restore-drill.yml")))
