@@ -243,6 +243,19 @@ def test_a_failing_archive_is_told_long_before_the_disk_is_full(db):
     assert "OK     archive.working" in db.try_run("postgresql-backup status").stdout
 
 
+def test_a_base_backup_and_its_marker_wait_for_an_archive_that_lags(db):
+    """Longer than the minute that pgBackRest allows it."""
+    archiver = db.sql("SELECT pid FROM pg_stat_activity WHERE backend_type = 'archiver'")[0]
+    db.run(f"kill -STOP {archiver}; systemctl start --no-block {INCREMENTAL}")
+    try:
+        backup = f"ps -o etimes= -p $(systemctl show -P MainPID {INCREMENTAL})"
+        wait_until(lambda: int(db.try_run(backup).stdout or 0) > 65)
+    finally:
+        db.run(f"kill -CONT {archiver}")
+    wait_until(lambda: db.run(f"systemctl show -P ActiveState {INCREMENTAL}") != "activating")
+    assert db.run(f"systemctl show -P Result {INCREMENTAL}") == "success"
+
+
 def test_missing_wal_turns_the_drill_red(db):
     db.run("systemctl start postgresql-backup-mark.service")
     with without_segment(db):

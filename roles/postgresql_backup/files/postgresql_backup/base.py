@@ -28,6 +28,8 @@ _PREPARE = (
 _STILL_TIMEOUT = "5s"
 #: How often that is tried, and seconds in between.
 _STILL_ATTEMPTS, _STILL_PAUSE = 20, 30
+#: Seconds that the archive may lag behind a new marker.
+_ARCHIVE_TIMEOUT = 600
 #: pgBackRest's status of a repository that it could not look into.
 _UNREADABLE = 99
 _POINT_NAME = re.compile(r"^[A-Za-z0-9_.-]{1,63}$")
@@ -282,10 +284,10 @@ def _still(settings: Settings, database: str, locks: ExitStack, views: ExitStack
     return view
 
 
-def _archive(connection: Connection, point: str) -> str:
+def _archive(connection: Connection, point: str, seconds: float = _ARCHIVE_TIMEOUT) -> str:
     """Name this point of the WAL and wait until it is archived; return its segment. Raises DatabaseError."""
     segment = _point(connection, point)
-    _wait_archived(connection, segment)
+    _wait_archived(connection, segment, seconds)
     return segment
 
 
@@ -295,14 +297,14 @@ def _point(connection: Connection, point: str) -> str:
     return segment
 
 
-def _wait_archived(connection: Connection, segment: str) -> None:
+def _wait_archived(connection: Connection, segment: str, seconds: float = _ARCHIVE_TIMEOUT) -> None:
     def archived() -> bool:
         last = one(connection, "SELECT coalesce(last_archived_wal, '') FROM pg_stat_archiver")
         return bool(str(last)[:24] >= segment)
 
-    if not wait_for(archived, 60):
+    if not wait_for(archived, seconds):
         raise DatabaseError(
-            f"the WAL segment {segment} was not archived within 60 s: journalctl -u postgresql@17-main "
+            f"the WAL segment {segment} was not archived within {seconds:g} s: journalctl -u postgresql@17-main "
             "and postgresql-backup status say why"
         )
 
@@ -319,7 +321,7 @@ def catch_up(settings: Settings, repository: int) -> str:
             if int(one(connection, "SELECT system_identifier FROM pg_control_system()")) != held:
                 return ""
             rows(connection, "SELECT pg_current_xact_id()")  # a commit
-            _archive(connection, "restore")
+            _archive(connection, "restore", 60)  # who restores may do so because nothing is archived
     except DatabaseError as error:
         return f"what the live cluster has not archived ({error})"
     return ""
