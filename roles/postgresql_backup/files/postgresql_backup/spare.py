@@ -12,7 +12,8 @@ from postgresql_backup.errors import DamagedError, DatabaseError, RefusedError, 
 from postgresql_backup.settings import Settings
 from postgresql_backup.tools import last_error, run, wait_for
 
-_START_TIMEOUT = 3600
+#: As long as the unit may take: a day's WAL of a large cluster is replayed with little of the host.
+_START_TIMEOUT = 24 * 3600
 #: As the role postgresql makes clusters.
 _INITDB = ["--encoding=UTF8", "--locale-provider=builtin", "--builtin-locale=C.UTF-8", "--locale=C.UTF-8"]
 
