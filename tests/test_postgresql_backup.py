@@ -203,11 +203,16 @@ def test_a_time_takes_the_last_backup_before_it():
 
 def test_a_point_and_an_lsn_take_the_last_backup_before_them():
     found = [replace(backup(hour), lsn=hour << 24) for hour in (1, 5, 9)]
-    now, points = START + timedelta(days=2), {"old": START + timedelta(hours=6), "older": START}
+    now, points = START + timedelta(days=2), {"old": [START, START + timedelta(hours=6)], "older": [START]}
+    points["twice"] = [START + timedelta(hours=hour) for hour in (6, 7)]
     assert "--set=label5" in restore.Target(name="old").options(found, now, points)[0]
     assert "--set=label9" in restore.Target(name="old").options(found, now)[0]  # no live cluster knows the points
     assert "--set=label5" in restore.Target(lsn="0/8000000").options(found, now)[0]
-    for target, reason in (("older", "before the end of the first"), ("new", "no point new; the last ones are older")):
+    for target, reason in (
+        ("older", "before the end of the first"),
+        ("new", "no point new; the last ones are older, old, twice"),
+        ("twice", "several times since base backup label5.* give its time, 2026-01-01T07:00:00"),
+    ):
         with pytest.raises(RefusedError, match=reason):
             restore.Target(name=target).options(found, now, points)
 

@@ -338,9 +338,12 @@ def _newest_archive(stanza: dict[str, Any], repository: int) -> dict[str, Any]:
     return max(found, key=lambda archive: int(archive["database"]["id"]), default={})
 
 
-def points(settings: Settings) -> dict[str, datetime]:
-    """Return the named points that the live cluster knows, with their times; none when it is gone."""
-    statement = "SELECT coalesce(name, 'marker-' || id), max(written_at) FROM backup.markers GROUP BY 1"
+def points(settings: Settings) -> dict[str, list[datetime]]:
+    """Return the named points that the live cluster knows, with their times, oldest first; none when it is gone."""
+    statement = (
+        "SELECT coalesce(name, 'marker-' || id), array_agg(written_at ORDER BY written_at) "
+        "FROM backup.markers GROUP BY 1"
+    )
     try:
         with session(settings, settings.bookkeeping) as connection:
             return dict(rows(connection, statement))

@@ -52,7 +52,7 @@ class Target:
     name: str = ""
 
     def options(
-        self, found: list[base.BaseBackup], now: datetime, points: dict[str, datetime] | None = None
+        self, found: list[base.BaseBackup], now: datetime, points: dict[str, list[datetime]] | None = None
     ) -> tuple[list[str], str]:
         """Return pgBackRest's options and the target in words; `points` are the known ones. Raises RefusedError."""
         given = [value for value in (self.time, self.lsn, self.name) if value]
@@ -77,8 +77,13 @@ class Target:
                 if self.name not in points:
                     names = sorted(points, key=lambda name: points[name])[-5:]
                     raise RefusedError(f"there is no point {self.name}; the last ones are {', '.join(names)}")
-                written = points[self.name]
+                *earlier, written = points[self.name]
                 last = self._last(found, f"point {self.name}", lambda backup: backup.ended <= written)
+                if any(moment >= last.ended for moment in earlier):
+                    raise RefusedError(
+                        f"point {self.name} was named several times since base backup {last.label}, and recovery would "
+                        f"stop at the first; for the last one give its time, {written.isoformat()}"
+                    )
             return self._to("name", self.name, last), f"point {self.name}"
         return [f"--set={found[-1].label}", "--type=default"], "the newest archived WAL"
 
