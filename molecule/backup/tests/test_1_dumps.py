@@ -81,6 +81,8 @@ def test_an_interrupted_dump_is_never_promoted(db, signal):
 
 
 def test_a_dump_on_a_full_disk_is_never_promoted(db):
+    # the copy that the last dump has started would note there what it has sent
+    wait_until(lambda: db.run("systemctl show -P ActiveState postgresql-backup-copy") == "inactive")
     before = db.run(f"ls {DUMPS}")
     owner = "uid=$(id -u postgresql-backup),gid=$(id -g postgresql-backup)"
     needed = int(db.sql("SELECT pg_database_size('litellm')")[0])

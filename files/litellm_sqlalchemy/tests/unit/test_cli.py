@@ -99,7 +99,14 @@ def test_a_time_says_how_it_is_written(time: str, file: Path, capsys: pytest.Cap
 def _start(*arguments: str, stdout: int = subprocess.PIPE, **environment: str) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "PYTHONPATH": str(Path(litellm_sqlalchemy.__file__).parents[1]), **environment}
     command = [sys.executable, "-m", "litellm_sqlalchemy", *arguments]
-    return subprocess.Popen(command, stdout=stdout, stderr=subprocess.PIPE, env=environment)
+    return subprocess.Popen(
+        command,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        env=environment,
+        # What was started in the background has it ignored, and hands that on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 @pytest.mark.parametrize("arguments", [["settings"], ["--help"], ["calls", "--help"]])
@@ -130,7 +137,7 @@ def test_a_standard_output_that_is_closed(file: Path) -> None:
 def test_an_interrupt_ends_the_wait_for_a_server(file: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         content = yaml.safe_load(file.read_text())
-        content["database"] |= {"port": silent.getsockname()[1], "connect_timeout": 600}
+        content["database"] |= {"port": silent.getsockname()[1], "connect_timeout": 75}
         file.write_text(yaml.safe_dump(content))
         with _start("migrate") as process, silent.accept()[0]:
             process.send_signal(signal.SIGINT)
