@@ -110,6 +110,7 @@ class LimitedBodies:
     def __init__(self, app: Any, largest: int) -> None:
         """Take the size in bytes."""
         self.app, self.largest, self.held = app, largest, 0
+        self.most_values = max(MOST_VALUES, largest // BYTES_FOR_VALUE)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -161,9 +162,11 @@ class LimitedBodies:
             return 413, f"The request is too large: {self.largest // MEGABYTE} MB are taken (litellm_max_request_mb)"
         if body.is_form and size > LARGEST_FORM:
             return 413, f"The form is too large: {LARGEST_FORM // 1024} KB are taken as {FORM.decode()}"
-        most = max(MOST_VALUES, self.largest // BYTES_FOR_VALUE)
-        if body.values > most:
-            return 413, f"The request has more than {most} commas, braces and brackets (litellm_max_request_mb)"
+        if body.values > self.most_values:
+            return (
+                413,
+                f"The request has more than {self.most_values} commas, braces and brackets (litellm_max_request_mb)",
+            )
         beyond = self.held - LARGEST_TOGETHER * self.largest
         if beyond > 0 and body.size > (MEGABYTE if beyond <= self.largest else SMALL):
             return 503, "This gateway has too many large requests at work: try again"

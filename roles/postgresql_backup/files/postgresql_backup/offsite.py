@@ -35,7 +35,7 @@ def copy(settings: Settings, config: str) -> list[str]:
     rclone = [*_rclone(settings, config), "--low-level-retries=3", "--retries=2"]
     with lock(directory / ".copy-lock"):
         stored = _stored(rclone, settings.offsite)
-        there = {name for name, files in stored.items() if "manifest.json" in files}
+        there = _whole(stored)
         wanted = dumps.kept(dumps.names(directory), settings.retention) - there
         for name in sorted(stored.keys() - there - wanted):  # a copy or a removal that was broken off
             _run([*rclone, "purge", f"{settings.offsite}/{name}"])
@@ -72,7 +72,7 @@ def fetch(settings: Settings, config: str, name: str = "") -> Path:
     """
     rclone = _rclone(settings, config)
     stored = _stored(rclone, settings.offsite)
-    there = sorted(name for name, files in stored.items() if "manifest.json" in files)
+    there = sorted(_whole(stored))
     name = name or max(there, default="")
     if name not in there:
         raise RefusedError(
@@ -121,6 +121,11 @@ def _stored(rclone: list[str], remote: str) -> dict[str, dict[str, int]]:
         if dumps.NAME.match(name):
             found.setdefault(name, {})[path] = int(file["Size"])
     return found
+
+
+def _whole(stored: dict[str, dict[str, int]]) -> set[str]:
+    """Return the names of the whole copies: the manifest is sent last."""
+    return {name for name, files in stored.items() if "manifest.json" in files}
 
 
 def _send(rclone: list[str], folder: Path, target: str) -> None:
