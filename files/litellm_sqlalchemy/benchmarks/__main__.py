@@ -110,6 +110,7 @@ def _lookups(cluster: Cluster, options: argparse.Namespace) -> Iterator[Figure]:
         name = f"{found.name}, ms of {options.rows} pairs in {options.days} days"
         yield Figure(name, found.milliseconds, 3, most=found.limit if options.rows >= _LOOKUP_PAIRS else None)
         yield Figure(f"{found.name}, without planning", found.execution, 3)
+        yield Figure(f"{found.name}, in a prepared statement", found.prepared, 3)
     cluster.empty()
 
 

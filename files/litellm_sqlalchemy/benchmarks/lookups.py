@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 
 from sqlalchemy import Select
-from sqlalchemy.dialects import postgresql
+from sqlalchemy.dialects.postgresql import asyncpg
 
 from benchmarks.cluster import Cluster
 from benchmarks.data import MODELS, fill_spool
@@ -30,11 +30,15 @@ _ID = (
 
 
 class LookUp(NamedTuple):
-    """A question, the server's median time for it, that without planning, and what is allowed; milliseconds."""
+    """A question, the server's median times for it, planning included, and what is allowed; milliseconds.
+
+    `prepared` is the time of a prepared statement, whose plan most drivers keep; psycopg2 prepares none.
+    """
 
     name: str
     milliseconds: float
     execution: float
+    prepared: float
     limit: float
 
 
@@ -89,14 +93,21 @@ def look_ups(cluster: Cluster, repeats: int = 100) -> Iterator[LookUp]:
         ("totals of a day by key", totals_query(["key"], day), 300),
     ]
     for name, query, limit in questions:
-        statement = query.compile(dialect=postgresql.dialect(), compile_kwargs={"literal_binds": True})  # type: ignore[no-untyped-call]
-        explain = f"EXPLAIN (ANALYZE, TIMING OFF, FORMAT JSON) {statement}".replace("%%", "%")
-        times = [_server_times(cluster, explain) for _ in range(2 * repeats)][repeats:]
-        execution = statistics.median(executing for _, executing in times)
-        yield LookUp(name, statistics.median(map(sum, times)), execution, limit)
+        statement = query.compile(dialect=asyncpg.dialect())  # type: ignore[no-untyped-call]
+        values = [str(statement.params[parameter]) for parameter in statement.positiontup or ()]
+        literals = query.compile(dialect=asyncpg.dialect(), compile_kwargs={"literal_binds": True})  # type: ignore[no-untyped-call]
+        cluster.query(f"PREPARE look_up AS {statement}")
+        times = _medians(cluster, str(literals), [], repeats)
+        prepared = _medians(cluster, f"EXECUTE look_up({', '.join(['%s'] * len(values))})", values, repeats)
+        cluster.query("DEALLOCATE look_up")
+        yield LookUp(name, sum(times), times[1], sum(prepared), limit)
 
 
-def _server_times(cluster: Cluster, explain: str) -> tuple[float, float]:
-    """Return the milliseconds that the server plans a query and executes it."""
-    (((plan,),),) = cluster.query(explain)
-    return float(plan["Planning Time"]), float(plan["Execution Time"])
+def _medians(cluster: Cluster, statement: str, values: list[str], repeats: int) -> tuple[float, float]:
+    """Return the median milliseconds that the server plans a statement and executes it."""
+    explain = f"EXPLAIN (ANALYZE, TIMING OFF, FORMAT JSON) {statement}"
+    plans = [cluster.query(explain, values or None)[0][0][0] for _ in range(2 * repeats)][repeats:]
+    planning, execution = (
+        statistics.median(plan[f"{phase} Time"] for plan in plans) for phase in ("Planning", "Execution")
+    )
+    return planning, execution
