@@ -11,6 +11,7 @@ import contextlib
 import gc
 import hmac
 import http.client
+import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -39,6 +40,8 @@ PACE, PATIENCE = 256 * 1024, 60
 MOST_VALUES, BYTES_FOR_VALUE = 1_000_000, 100
 #: A form without files: to decode it takes LiteLLM two seconds a megabyte, in which no other call goes on.
 FORM, LARGEST_FORM = b"application/x-www-form-urlencoded", 256 * 1024
+#: What LiteLLM imports in the midst of a first call, which takes half a second each.
+LATE_IMPORTS = "openai.resources", "litellm.litellm_core_utils.default_encoding"
 
 
 class PreviousKeys:
@@ -235,12 +238,32 @@ def keep_secrets_out_of_the_journal() -> None:
     sys.stdout, sys.stderr = Scrubbed(sys.stdout, scrubbed), Scrubbed(sys.stderr, scrubbed)
 
 
-def go_into_service() -> None:
+async def go_into_service() -> None:
     """LiteLLM calls this hook at its start, when all is loaded and its middleware is built."""
+    load_what_comes_late()
+    await build_routes()
     leave_out_what_is_loaded()
     take_turns()
     limit_bodies()
     accept_previous_keys()
+
+
+def load_what_comes_late() -> None:
+    """Import now what would keep all calls waiting later, as far as this LiteLLM has it."""
+    for name in LATE_IMPORTS:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+
+
+async def build_routes() -> None:
+    """Look for a page that there is not: FastAPI builds a route when it is compared first, all of them in a second."""
+    from litellm.proxy.proxy_server import app
+
+    async def ignore(_message: Any) -> None:
+        """Send nothing."""
+
+    page = {"type": "http", "method": "GET", "path": "/no/such/page", "query_string": b"", "headers": []}
+    await app.router(page, None, ignore)
 
 
 def leave_out_what_is_loaded() -> None:

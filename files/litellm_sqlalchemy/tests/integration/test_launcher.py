@@ -12,10 +12,12 @@ from contextlib import ExitStack, contextmanager, suppress
 from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 
 import pytest
 import uvicorn
 from support.cases import rows
+from support.clients import Clients
 from support.gateway import Gateway
 from support.keys import USER_KEY
 from support.postgresql import Database
@@ -295,6 +297,26 @@ def test_a_body_that_is_refused_is_one_call(
     assert (responses[0]["status"], responses[0]["status_code"]) == ("failure", status)
     assert "/v1/chat/completions" not in {request.path for request in upstream.received[before:]}
     assert launched.state()["failures"] == 0
+
+
+def test_first_calls_keep_no_others_waiting(tmp_path: Path, gateway_deployment: Deployment, upstream: Upstream) -> None:
+    """What LiteLLM loads and builds when it is first needed is there before the gateway serves."""
+    fresh = Gateway(tmp_path, upstream, gateway_deployment, with_log=False, launcher=LAUNCHER).launch()
+    try:
+        of_start = _cpu_ticks(fresh.wait())
+        with pytest.raises(HTTPError, match="404"):
+            urllib.request.urlopen(f"{fresh.url}/no/page", timeout=20)
+        Clients(fresh.url, "first", upstream).chat()
+        Clients(fresh.url, "first-stream", upstream).chat(stream=True)
+        assert _cpu_ticks(fresh) - of_start < of_start / 8
+    finally:
+        fresh.kill()
+
+
+def _cpu_ticks(gateway: Gateway) -> int:
+    assert gateway.process is not None
+    fields = Path(f"/proc/{gateway.process.pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])  # proc(5): utime and stime
 
 
 def _is_answered(connection: socket.socket, within: float) -> bool:
