@@ -86,7 +86,7 @@ def look_ups(cluster: Cluster, repeats: int = 100) -> Iterator[LookUp]:
         ("last 100", last_calls_query(Selection(), 100), 5),
         ("last 100 of a model", last_calls_query(Selection(model=MODELS[0]), 100), 5),
         ("last 100 of a rare model", last_calls_query(Selection(model=MODELS[-1]), 100), 5),
-        ("last 100 of a key", last_calls_query(Selection(key=key), 100), 5),
+        ("last 100 of a key", last_calls_query(Selection(keys=[key]), 100), 5),
         ("last 100 of a user", last_calls_query(Selection(user=user), 100), 5),
         ("last 100 of a team", last_calls_query(Selection(team=team), 100), 5),
         ("totals of a day by model", totals_query(["model"], day), 300),

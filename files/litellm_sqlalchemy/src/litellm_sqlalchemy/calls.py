@@ -10,7 +10,6 @@ response record after the last byte has gone out.
 
 import contextlib
 import hashlib
-import re
 import time
 import zlib
 from asyncio import TimerHandle, get_running_loop
@@ -27,7 +26,7 @@ from litellm_sqlalchemy.frames import Kind
 from litellm_sqlalchemy.identifiers import new_id
 from litellm_sqlalchemy.recorder import Body, Recorder
 from litellm_sqlalchemy.settings import Mode
-from litellm_sqlalchemy.values import milliseconds, text
+from litellm_sqlalchemy.values import KEY_HASH, milliseconds, text
 
 _MAX_TAGS = 64
 #: Bytes kept of the body of a call that LiteLLM rejects: anybody can make such calls.
@@ -38,8 +37,6 @@ _FORM_SIZE = 64 * 1024
 _LATE_EVENT = 1.0
 #: How the kinds of calls begin whose success LiteLLM does not tell where it makes calls of another kind of them.
 _UNTOLD = "agenerate_content"
-#: What LiteLLM calls a key by: its SHA-256, or the master key's name. Anything else may be the key itself.
-_KEY_HASH = re.compile(r"[0-9a-f]{64}|litellm_proxy_master_key")
 #: Forms without files, and how a body begins that is none: `curl -d` says of whatever it sends that it is such a form.
 _FORM, _JSON = b"application/x-www-form-urlencoded", (b"{", b"[")
 #: What LiteLLM puts in the place of content where a client or its own setting asks for it.
@@ -363,10 +360,10 @@ def _metadata(data: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _key_hash(key: object) -> str | None:
-    """Return LiteLLM's name of a key; it hashes only keys that begin with `sk-`, so others are hashed here."""
+    """Return LiteLLM's name of a key; it hashes only keys that begin with `sk-`, and anything else may be the key."""
     if not isinstance(key, str) or not key:
         return None
-    return key if _KEY_HASH.fullmatch(key) else hashlib.sha256(key.encode(errors="replace")).hexdigest()
+    return key if KEY_HASH.fullmatch(key) else hashlib.sha256(key.encode(errors="replace")).hexdigest()
 
 
 def _without_none(mapping: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -4,7 +4,7 @@ Every function takes a connection and returns plain dicts. Time bounds stand on 
 the time: ids are UUIDv7, so an index on the id finds the range, and partitions by id are pruned.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -26,6 +26,7 @@ from sqlalchemy import (
 
 from litellm_sqlalchemy.identifiers import first_id_at
 from litellm_sqlalchemy.models import KEY_PREFIX_LENGTH, DailyUsage, Request, Response, hashed
+from litellm_sqlalchemy.values import KEY_HASH
 from litellm_sqlalchemy.views import ERROR_DIMENSIONS, call_day, calls_view, count_errors, key_name
 
 Row = dict[str, Any]
@@ -93,12 +94,15 @@ PERCENTILE_COLUMNS = tuple(name for name, _column, _fraction in _PERCENTILES)
 
 @dataclass(frozen=True)
 class Selection:
-    """Which calls: `since` <= time < `until`, and equal in whatever else is given. `key` is a key's hash."""
+    """Which calls: `since` <= time < `until`, and equal in whatever else is given.
+
+    `keys` are hashes of keys, any of them; see `keys_named`.
+    """
 
     since: datetime | None = None
     until: datetime | None = None
     model: str | None = None
-    key: str | None = None
+    keys: Collection[str] | None = None
     user: str | None = None
     team: str | None = None
     status: str | None = None
@@ -122,19 +126,17 @@ class Selection:
             conditions.append(func.coalesce(Response.status, "running") == self.status)
         if self.model is not None:  # as the index has it
             conditions.append(_same_hash(Request.model.expression, self.model))
-        if self.key is not None:
-            conditions.append(
-                func.left(Request.key_hash, literal_column(str(KEY_PREFIX_LENGTH))) == self.key[:KEY_PREFIX_LENGTH]
-            )
+        if self.keys is not None:
+            conditions.append(_prefix().in_({key[:KEY_PREFIX_LENGTH] for key in self.keys}))
         return conditions
 
     def _callers(self, calls: type[Request] | type[DailyUsage]) -> list[ColumnElement[bool]]:
         """Return what holds for the calls of either table."""
-        return [
+        keys = [] if self.keys is None else [calls.key_hash.in_(self.keys)]
+        return keys + [
             column == value
             for column, value in (
                 (calls.model, self.model),
-                (calls.key_hash, self.key),
                 (calls.user_id, self.user),
                 (calls.team_id, self.team),
             )
@@ -202,9 +204,17 @@ def last_calls(connection: Connection, selection: Selection, limit: int = 100) -
 
 def last_calls_query(selection: Selection, limit: int) -> Select[Any]:
     """Return the query of `last_calls`."""
-    indexed = (selection.model, selection.key, selection.user)
+    indexed = (selection.model, selection.keys, selection.user)
     time = Request.created_at if any(indexed) else Request.id  # the order in which an index has them
     return selection.apply(calls_view()).order_by(time.desc()).limit(limit)
+
+
+def keys_named(connection: Connection, name: str) -> tuple[str, ...]:
+    """Return the hashes of the keys that have had this alias in a finished call, or the hash that the name is."""
+    if KEY_HASH.fullmatch(name):
+        return (name,)
+    of_name = DailyUsage.key_alias == name, DailyUsage.key_hash.is_not(None)
+    return tuple(connection.scalars(select(DailyUsage.key_hash).where(*of_name).distinct()))
 
 
 def totals(connection: Connection, by: Sequence[str], selection: Selection) -> Rows:
@@ -255,6 +265,10 @@ def errors(connection: Connection, selection: Selection) -> Rows:
     """Return how often calls failed, by model, error type and code, the most frequent first."""
     query = count_errors(*ERROR_DIMENSIONS).order_by(literal_column("calls").desc(), *ERROR_DIMENSIONS)
     return _rows(connection, selection.apply(query.where(selection.join())))
+
+
+def _prefix() -> ColumnElement[str]:
+    return func.left(Request.key_hash, literal_column(str(KEY_PREFIX_LENGTH)))
 
 
 def _same_hash(column: ColumnElement[Any], value: str) -> ColumnElement[bool]:

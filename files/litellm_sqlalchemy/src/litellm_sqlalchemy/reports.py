@@ -5,8 +5,8 @@ import csv
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -67,8 +67,9 @@ def _with_selection(parser: argparse.ArgumentParser, since: str | None) -> argpa
     default = f" (default: {since})" if since else ""
     parser.add_argument("--since", type=moment, default=since, metavar="TIME", help=f"{time}{default}")
     parser.add_argument("--until", type=moment, metavar="TIME", help=f"{time} (default: now)")
-    for name, what in (("model", "asked for"), ("key", "hash"), ("user", "id"), ("team", "id")):
+    for name, what in (("model", "asked for"), ("user", "id"), ("team", "id")):
         parser.add_argument(f"--{name}", metavar=name.upper(), help=f"only this {name} {what}")
+    parser.add_argument("--key", type=_key, metavar="KEY", help="only this key's alias or hash")
     statuses = ("running", *STATUSES)
     parser.add_argument("--status", choices=statuses, metavar="STATUS", help=f"only {', '.join(statuses)}")
     return _with_csv(parser)
@@ -98,6 +99,12 @@ def _ago(count: int, unit: str) -> datetime:
     return now.replace(hour=0, minute=0, second=0, microsecond=0) - max(ago - timedelta(days=1), timedelta())
 
 
+def _key(value: str) -> str:
+    if value.startswith("sk-"):  # not told again: it is a secret
+        raise argparse.ArgumentTypeError("this is a key itself: give its alias or its hash")
+    return value
+
+
 def _count(value: str) -> int:
     if not value.isdecimal() or not int(value):
         raise argparse.ArgumentTypeError(f"{value!r} is no number from 1 on")
@@ -111,17 +118,20 @@ def _dimensions(value: str) -> list[str]:
     return names
 
 
-def _selection(options: argparse.Namespace) -> Selection:
+@contextmanager
+def _selected(settings: Settings, options: argparse.Namespace) -> Iterator[tuple[Connection, Selection]]:
+    """Yield a reader's connection and what is selected."""
     since, until = options.since, options.until
     if since and until and since >= until:
         times = f"--since {since.isoformat(timespec='seconds')} --until {until.isoformat(timespec='seconds')}"
         raise UsageError(f"{times} selects nothing: the first has to be the earlier one")
-    return Selection(since, until, options.model, options.key, options.user, options.team, options.status)
+    with _reader(settings) as connection:
+        keys = queries.keys_named(connection, options.key) if options.key else None
+        yield connection, Selection(since, until, options.model, keys, options.user, options.team, options.status)
 
 
 def _calls(settings: Settings, options: argparse.Namespace) -> int:
-    selection = _selection(options)
-    with _reader(settings) as connection:
+    with _selected(settings, options) as (connection, selection):
         rows = queries.last_calls(connection, selection, options.last)
     _print(rows, options, rows.columns, _CALL_COLUMNS)
     return ExitCode.OK
@@ -152,8 +162,7 @@ def _call(settings: Settings, options: argparse.Namespace) -> int:
 
 
 def _top(settings: Settings, options: argparse.Namespace) -> int:
-    selection = _selection(options)
-    with _reader(settings) as connection:
+    with _selected(settings, options) as (connection, selection):
         totals = queries.totals(connection, [options.by], selection)
         latencies = {row[options.by]: row for row in queries.latencies(connection, [options.by], selection)}
     best = sorted(totals, key=lambda row: row[options.order] or 0, reverse=True)[: options.last]
@@ -167,16 +176,14 @@ def _top(settings: Settings, options: argparse.Namespace) -> int:
 
 
 def _usage(settings: Settings, options: argparse.Namespace) -> int:
-    selection = _selection(options)
-    with _reader(settings) as connection:
+    with _selected(settings, options) as (connection, selection):
         rows = queries.totals(connection, options.by, selection)
     _print(rows, options, rows.columns)
     return ExitCode.OK
 
 
 def _errors(settings: Settings, options: argparse.Namespace) -> int:
-    selection = _selection(options)
-    with _reader(settings) as connection:
+    with _selected(settings, options) as (connection, selection):
         rows = queries.errors(connection, selection)
     _print(rows, options, rows.columns)
     return ExitCode.OK

@@ -1,6 +1,7 @@
 """Values as the tables can hold them: what LiteLLM and clients hand over is neither checked nor limited."""
 
 import math
+import re
 from typing import Any
 
 import orjson
@@ -9,6 +10,8 @@ import orjson
 _INDEXED_LENGTH = 512
 TEXT_LENGTH = 8192
 _INT4_MAX = 2**31 - 1
+#: What LiteLLM calls a key by: its SHA-256, or the master key's name.
+KEY_HASH = re.compile(r"[0-9a-f]{64}|litellm_proxy_master_key")
 
 
 def text(value: object, length: int = _INDEXED_LENGTH) -> str | None:

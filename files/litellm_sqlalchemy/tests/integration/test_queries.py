@@ -110,7 +110,9 @@ def test_a_call_id_can_be_chosen_twice(reader: Connection) -> None:
     [
         (Selection(), [12, 5, 4, 3, 2, 1, 0, -12, -12.001, -24]),
         (Selection(model="large"), [12, -12, -12.001]),
-        (Selection(key=_OTHER_KEY), [0]),
+        (Selection(keys=[_OTHER_KEY]), [0]),
+        (Selection(keys=[_OTHER_KEY, _KEY], since=_at(5)), [12, 5]),
+        (Selection(keys=[]), []),
         (Selection(user="ann"), [-12, -24]),
         (Selection(team="red"), [-12]),
         (Selection(status="running"), [5]),
@@ -140,7 +142,7 @@ def test_every_dimension_sums_up_to_the_same(reader: Connection, name: str) -> N
     assert (sum(row["calls"] for row in rows), sum(row["failures"] for row in rows)) == (13, 6)
 
 
-@pytest.mark.parametrize("values", [{}, {"model": "small"}, {"key": _OTHER_KEY}, {"user": "ann"}, {"team": "red"}])
+@pytest.mark.parametrize("values", [{}, {"model": "small"}, {"keys": [_OTHER_KEY]}, {"user": "ann"}, {"team": "red"}])
 @pytest.mark.parametrize("by", [["day", "model"], ["key", "team"], []])
 def test_days_and_calls_give_the_same_totals(reader: Connection, values: dict[str, str], by: list[str]) -> None:
     days = Selection(since=_at(-36), until=_at(36), **values)  # type: ignore[arg-type]
@@ -266,7 +268,7 @@ def test_indexes_are_used_without_their_names(reader: Connection) -> None:
     plans = [
         reader.execute(text(f"EXPLAIN {statement}")).scalars().all()
         for statement in (
-            _literal(queries.last_calls_query(Selection(key=_KEY), 10)),
+            _literal(queries.last_calls_query(Selection(keys=[_KEY]), 10)),
             _literal(queries.last_calls_query(Selection(model="small"), 10)),
             _literal(views.calls_view().where(*queries.has_call_id("first"))),
             _literal(queries.last_calls_query(Selection(team="large"), 10)),
@@ -402,6 +404,21 @@ def test_bad_arguments_are_usage_errors(filled: Deployment, arguments: list[str]
     done = filled.run("usage", *arguments)
     assert (done.returncode, done.stdout) == (2, "")
     assert repr(arguments[1]) in done.stderr
+
+
+@pytest.mark.parametrize("key", ["other", _OTHER_KEY])
+def test_a_key_by_its_alias_or_its_hash(filled: Deployment, key: str) -> None:
+    assert [row["call_id"] for row in _json(filled, "calls", "--key", key)] == ["twice"]
+    (row,) = _json(filled, "usage", "--since", "2026-03-01", "--by", "key", "--key", key)
+    assert (row["key"], row["calls"]) == ("other", 1)
+    assert _json(filled, "calls", "--key", "unknown") == []
+
+
+def test_a_key_itself_is_not_taken_nor_told(filled: Deployment) -> None:
+    done = filled.run("calls", "--key", "sk-secret-of-a-client")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--key: this is a key itself: give its alias or its hash" in done.stderr
+    assert "secret-of-a-client" not in done.stderr
 
 
 def test_reader_login_cannot_write(reader: Connection) -> None:
