@@ -8,11 +8,13 @@ fails is counted and logged; the client's call goes on.
 import functools
 import time
 from collections.abc import Awaitable, Callable
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 from fastapi import HTTPException
 from litellm.integrations.custom_logger import CustomLogger
 from litellm.proxy import proxy_server
+from litellm.proxy.auth.route_checks import RouteChecks
 
 from litellm_sqlalchemy.calls import Call, current_call
 from litellm_sqlalchemy.errors import SpoolError
@@ -149,7 +151,8 @@ class RequestLogger(CustomLogger):
         if not call.call_id:
             call.call_id = text(payload.get("litellm_call_id"))
         if not call.accepted and not call.caller:
-            call.describe(None, {"model": payload.get("model_group") or payload.get("model")}, payload.get("call_type"))
+            data = {"model": payload.get("model_group") or payload.get("model")}
+            call.describe(_caller_of(payload), data, payload.get("call_type"))
         if payload.get("status") != "failure" or call.event.get("status") != "success":
             call.event = event_of(payload)
 
@@ -165,6 +168,19 @@ class RequestLogger(CustomLogger):
         call.accept(None, {"model": payload.get("model")}, payload.get("call_type"))
         call.event = event
         call.finish()
+
+
+def _caller_of(payload: dict[str, Any]) -> SimpleNamespace:
+    """Return what an event tells of the key, as far as it does, under the names of UserAPIKeyAuth."""
+    metadata = payload.get("metadata") or {}
+    return SimpleNamespace(
+        api_key=metadata.get("user_api_key_hash"),
+        key_alias=metadata.get("user_api_key_alias"),
+        user_id=metadata.get("user_api_key_user_id"),
+        team_id=metadata.get("user_api_key_team_id"),
+        org_id=metadata.get("user_api_key_org_id"),
+        end_user_id=metadata.get("user_api_key_end_user_id"),
+    )
 
 
 def _take_inner(call: Call, payload: dict[str, Any]) -> None:
@@ -207,9 +223,9 @@ def _observe(recorder: Recorder) -> None:
     """Stand around LiteLLM's ASGI application; its middleware stack is built before callbacks are imported."""
     app = proxy_server.app
     if app.middleware_stack is None:
-        app.add_middleware(CallObserver, recorder=recorder)
+        app.add_middleware(CallObserver, recorder=recorder, is_call=RouteChecks.is_llm_api_route)
     else:
-        app.middleware_stack = CallObserver(app.middleware_stack, recorder)
+        app.middleware_stack = CallObserver(app.middleware_stack, recorder, RouteChecks.is_llm_api_route)
 
 
 _recorder = Recorder(load_settings())

@@ -35,6 +35,8 @@ _REJECTED_SIZE = 16 * 1024
 _FORM_SIZE = 64 * 1024
 #: Seconds that LiteLLM may take to tell of an answer that it has refused to hand on.
 _LATE_EVENT = 1.0
+#: Seconds that it may take to tell who made a call that it has refused: a hook may run in a task of its own.
+_LATE_HOOK = 0.1
 #: How the kinds of calls begin whose success LiteLLM does not tell where it makes calls of another kind of them.
 _UNTOLD = "agenerate_content"
 #: Forms without files, and how a body begins that is none: `curl -d` says of whatever it sends that it is such a form.
@@ -74,6 +76,8 @@ class Call:
     session_id: str | None = None
     noticed = False
     """LiteLLM has fired a hook: this exchange is a call."""
+    unheard = False
+    """LiteLLM has refused it, or broken down over it, before any hook."""
     accepted = False
     """LiteLLM's pre-call hook was reached."""
     failed = False
@@ -193,10 +197,15 @@ class Call:
     def conclude(self) -> None:
         """End the call where all is known: the exchange has ended and LiteLLM has told the outcome.
 
-        An exchange that LiteLLM fires no hook for is no call: a model list, a health probe, a page. What a provider
-        has answered to a call that failed all the same, by a guardrail's decision, may be told after its end.
+        An exchange that LiteLLM fires no hook for is no call, a model list, a health probe, a page, unless it was
+        refused where calls go. What a provider has answered to a call that failed all the same, by a guardrail's
+        decision, may be told after its end.
         """
-        if self.done or not self.ended_at or not self.noticed:
+        if self.done or not self.ended_at:
+            return
+        if not self.noticed:
+            if self.unheard:
+                self._finish_in(_LATE_HOOK)
             return
         failed = self._has_failed()
         answered = self.event.get("status") == "success"

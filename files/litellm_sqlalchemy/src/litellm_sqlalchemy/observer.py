@@ -27,10 +27,11 @@ _KEPT_HEADERS = (
 class CallObserver:
     """Opens a `Call` for each HTTP exchange, or WebSocket session, and ends it when the last byte has gone out."""
 
-    def __init__(self, app: Application, recorder: Recorder) -> None:
-        """Wrap `app`."""
+    def __init__(self, app: Application, recorder: Recorder, is_call: Callable[[str], bool] = bool) -> None:
+        """Wrap `app`; `is_call` tells of a path whether calls go there."""
         self._app = app
         self._recorder = recorder
+        self._is_call = is_call
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """Pass everything through, both ways, as it is."""
@@ -112,9 +113,16 @@ class CallObserver:
             call.ended_at = time.perf_counter()
             if not last_byte_sent and call.status_code is not None and not (call.aborted or call.interrupted):
                 call.disconnected = True
+            if not call.noticed and self._is_refused(call):
+                call.unheard, call.error = True, {"error_code": str(call.status_code)}
             call.conclude()
         except Exception:
             self._recorder.fail("the observer")
+
+    def _is_refused(self, call: Call) -> bool:
+        """Return whether LiteLLM has refused a call, or broken down over it; what goes nowhere is none."""
+        code = call.status_code or 0
+        return code >= 400 and code not in (404, 405) and call.method == "POST" and self._is_call(call.endpoint or "")
 
 
 def _note_start(call: Call, message: Message) -> None:

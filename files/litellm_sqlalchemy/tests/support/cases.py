@@ -139,6 +139,10 @@ FAILURE: Json = {
 #: Rejected before any provider was asked: the deployment is the one that LiteLLM would have had in mind.
 REJECTED: Json = {**FAILURE, "attempt_count": 0, "api_base": None}
 UNKNOWN: Json = {**REJECTED, "model": None, "provider": None, "deployment": None}
+#: Refused, or broken down over, before LiteLLM fires any hook.
+UNHEARD: Json = {
+    **UNKNOWN, **dict.fromkeys(_NO_TOKENS), "cache_hit": None, "error_type": None, "error_message": None,
+}  # fmt: skip
 _NOBODY: Json = {"key_alias": None, "user_id": None, "team_id": None, "organization_id": None}
 
 
@@ -488,6 +492,20 @@ CASES = (
         {"model": None, "payload_encoding": "text",
          "payload": lambda value, clients: value == "{no JSON"},
         {**UNKNOWN, "status_code": 400, "error_type": "ProxyException", "error_code": "400"},
+    ),
+    Case(
+        "no-object", "body that is no JSON object", lambda c: c.post("/v1/chat/completions", b"[]"),
+        {**_NOBODY, "key_hash": None, "model": None, "call_type": None},
+        {**UNHEARD, "status_code": 500, "error_code": "500", "payload": None, "payload_encoding": None,
+         "payload_size": 0, "payload_digest": None},
+    ),
+    Case(
+        "no-file", "transcription without its file (nobody has read the fields)", lambda c: c.http.post(
+            "/v1/audio/transcriptions", headers=c._headers({"authorization": f"Bearer {USER_KEY}"}),
+            files={"other": b"not it"}),
+        {**_NOBODY, "key_hash": None, "endpoint": "/v1/audio/transcriptions", "model": None, "call_type": None,
+         "payload": {}, "payload_digest": of_the_request},
+        {**UNHEARD, "status_code": 422, "error_code": "422"},
     ),
     Case(
         "rate-limited", "key over its rate limit", _limited,

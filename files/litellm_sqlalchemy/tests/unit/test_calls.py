@@ -562,6 +562,48 @@ def test_a_websocket_session_that_is_refused(tmp_path: Path) -> None:
     assert (producer.records[1][1]["status"], producer.records[1][1]["status_code"]) == ("failure", 403)
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "status", "is_told", "expected"),
+    [
+        ("POST", "/v1/calls", 422, False, [(None, "422")]),
+        ("POST", "/v1/calls", 422, True, [("of the key", "the hook's")]),
+        ("POST", "/v1/calls", 200, False, []),
+        ("POST", "/v1/calls", 404, False, []),
+        ("GET", "/v1/calls", 422, False, []),
+        ("POST", "/v1/others", 422, False, []),
+    ],
+)
+def test_what_is_refused_without_a_hook_is_a_call_where_calls_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, path: str, status: int, is_told: bool, expected: Any
+) -> None:
+    """A hook may come from a task of its own, behind the answer: it tells more."""
+    monkeypatch.setattr("litellm_sqlalchemy.calls._LATE_HOOK", 0.02)
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": status, "headers": []})
+        await send({"type": "http.response.body", "body": b"{}"})
+
+    async def run() -> None:
+        scope = {"type": "http", "path": path, "method": method, "headers": [], "client": None}
+        observer = CallObserver(application, recorder, lambda path: path == "/v1/calls")
+        await observer(scope, None, lambda message: asyncio.sleep(0))  # type: ignore[arg-type]
+        call = current_call.get()
+        assert call is not None
+        if is_told:
+            call.noticed = call.failed = True
+            call.describe(SimpleNamespace(key_alias="of the key"), {}, None)
+            call.error = {"error_code": "the hook's"}
+            call.conclude()
+        await asyncio.sleep(0.1)  # nothing may come of it afterwards, either
+
+    recorder, producer = make_recorder(tmp_path)
+    asyncio.run(run())
+    requests, responses = producer.records[::2], producer.records[1::2]
+    assert [(request[1].get("key_alias"), response[1]["error_code"]) for request, response in zip(
+        requests, responses, strict=True)] == expected  # fmt: skip
+    assert {response[1]["status"] for response in responses} <= {"failure"}
+
+
 @pytest.mark.parametrize("listed", [[], ["X-Request-Id", "x-note"]])
 def test_only_listed_headers_are_kept(tmp_path: Path, listed: list[str]) -> None:
     recorder, producer = make_recorder(tmp_path, headers=listed)
