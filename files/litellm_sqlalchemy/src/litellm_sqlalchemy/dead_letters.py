@@ -95,7 +95,7 @@ def _read(file: Path) -> Letter:
         content = _load(file)
         [(frame, _)] = frames.decode(base64.b64decode(content["frame"]), complete=True)
         if not isinstance(frame, Frame):
-            raise ValueError(frame.reason)
+            raise ValueError("it holds no whole frame")
         return Letter(
             file.stem,
             str(content["kind"]),

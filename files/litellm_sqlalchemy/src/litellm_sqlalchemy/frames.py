@@ -46,9 +46,8 @@ class Frame(NamedTuple):
 
 
 class Damage(NamedTuple):
-    """Bytes that hold no valid frame, and why."""
+    """Bytes that hold no valid frame."""
 
-    reason: str
     content: bytes
 
 
@@ -81,12 +80,10 @@ def decode(data: bytes, *, complete: bool, seed: int = 0) -> Iterator[tuple[Fram
         start = offset
         body = _body_length(data, offset, seed)
         if body is None:
-            if size - offset < HEADER_SIZE and not complete:
-                return
             offset = _next_header(data, offset + 1, seed)
             if offset == size and not complete:
                 return  # the rest may be a header that is still being written
-            yield Damage("torn frame" if offset == size else "damaged header", data[start:offset]), offset
+            yield Damage(data[start:offset]), offset
             continue
         offset += HEADER_SIZE + body
         if offset > size and not complete:
@@ -95,11 +92,12 @@ def decode(data: bytes, *, complete: bool, seed: int = 0) -> Iterator[tuple[Fram
         if frame is not None:
             yield frame, offset
         else:
-            reason = "CRC mismatch" if offset <= size else "torn frame"
-            if offset != size and _body_length(data, offset, seed) is None:  # bytes are missing, or too many
+            if _body_length(data, offset, seed) is None:  # bytes are missing, or too many
                 behind = _next_header(data, start + 1, seed)
-                offset = behind if complete or behind < size else offset
-            yield Damage(reason, data[start:offset]), offset
+                if offset < size == behind and not complete:
+                    return  # as above
+                offset = behind
+            yield Damage(data[start:offset]), offset
 
 
 def _body_length(data: bytes, offset: int, seed: int) -> int | None:

@@ -4,6 +4,7 @@ import random
 import time
 from dataclasses import dataclass
 from typing import cast
+from zlib import crc32
 
 import pytest
 from hypothesis import given
@@ -33,6 +34,15 @@ def _decoded(data: bytes, *, complete: bool = True, seed: int = SEED) -> list[Fr
         found.append(item)
     assert end == len(data) or not complete, "nothing is left unsaid"
     return found
+
+
+def _in_two_reads(data: bytes, cut: int) -> list[Frame | Damage]:
+    """Read up to `cut` while more is being written, then the rest."""
+    found, end = [], 0
+    for item, behind in frames.decode(data[:cut], complete=False, seed=SEED):
+        found.append(item)
+        end = behind
+    return found + _decoded(data[end:])
 
 
 def _check(found: list[Frame | Damage], whole: list[Frame], written: list[Frame]) -> None:
@@ -95,9 +105,12 @@ def test_one_bit_flipped(written: list[Frame], data: st.DataObject) -> None:
 def test_garbage_inserted(written: list[Frame], garbage: bytes, data: st.DataObject) -> None:
     segment = Segment(written)
     position = data.draw(st.integers(0, len(segment.data)))
-    found = _decoded(segment.data[:position] + garbage + segment.data[position:])
+    damaged = segment.data[:position] + garbage + segment.data[position:]
     whole = [f for f, (start, end) in zip(segment.frames, segment.spans, strict=True) if not start < position < end]
-    _check(found, whole, written)
+    _check(_decoded(damaged), whole, written)
+    starts = [first + len(garbage) * (first >= position) for first, _last in segment.spans]
+    cut = data.draw(st.sampled_from(starts)) + data.draw(st.integers(0, HEADER_SIZE))
+    _check(_in_two_reads(damaged, cut), whole, written)
 
 
 @given(LISTS, st.data())
@@ -105,8 +118,19 @@ def test_bytes_removed(written: list[Frame], data: st.DataObject) -> None:
     segment = Segment(written)
     start = data.draw(st.integers(0, len(segment.data) - 1))
     end = data.draw(st.integers(start + 1, len(segment.data)))
-    found = _decoded(segment.data[:start] + segment.data[end:])
-    _check(found, segment.outside(start, end), written)
+    damaged, whole = segment.data[:start] + segment.data[end:], segment.outside(start, end)
+    _check(_decoded(damaged), whole, written)
+    ends = [last - max(0, min(last, end) - start) for _first, last in segment.spans]
+    _check(_in_two_reads(damaged, data.draw(st.sampled_from(ends))), whole, written)
+
+
+def test_as_many_bytes_removed_as_the_last_frame_has() -> None:
+    """The frame before it then seems to end where that one does."""
+    last = Frame(Kind.REQUEST, 2, b"{}", b"")
+    first, size = frames.encode(Frame(Kind.REQUEST, 1, b"{}", bytes(60)), SEED), len(frames.encode(last, SEED))
+    found = _decoded(first[:-size] + frames.encode(last, SEED))
+    assert [type(item) for item in found] == [Damage, Frame]
+    assert found[1] == last
 
 
 @given(st.binary(max_size=300))
@@ -129,9 +153,26 @@ def test_a_client_cannot_smuggle_a_frame_in(damage: str) -> None:
     assert any(isinstance(item, Frame) for item in without_seed), "the control: without the seed it would pass"
 
 
-def test_a_kind_of_a_later_version_is_damage() -> None:
-    data = frames.encode(Frame(cast(Kind, 9), 1, b"{}", b""))
-    assert [type(item) for item in _decoded(data, seed=0)] == [Damage]
+def test_the_bytes_of_a_frame_stay_the_same() -> None:
+    """A spool may have been written by an older package."""
+    data = bytes.fromhex("4c53 01 02 0000000000000007 00000007 8a4a8bd2 57d6c768 00000002 7b7d 78")
+    assert frames.encode(Frame(Kind.RESPONSE, 7, b"{}", b"x"), SEED) == data
+
+
+def test_what_a_later_version_writes_is_damage(monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = frames.encode(Frame(cast(Kind, 9), 1, b"{}", b""), SEED)
+    with monkeypatch.context() as later:
+        later.setattr(frames, "FORMAT_VERSION", 2)
+        version = frames.encode(Frame(Kind.REQUEST, 2, b"{}", b""), SEED)
+    assert [type(item) for data in (kind, version) for item in _decoded(data)] == [Damage, Damage]
+
+
+@pytest.mark.parametrize("body", [b"", b"\0\0\0\x09{}"])
+def test_a_body_that_no_producer_writes_is_damage(body: bytes) -> None:
+    """A gateway that somebody has taken over can give it the right CRCs: it ends before its metadata do."""
+    head = frames._HEAD.pack(frames.MAGIC, frames.FORMAT_VERSION, Kind.REQUEST, 1, len(body))
+    data = head + frames._CRCS.pack(crc32(head, SEED), crc32(body, SEED)) + body
+    assert [type(item) for item in _decoded(data)] == [Damage]
 
 
 def test_a_large_segment_is_read_in_linear_time() -> None:
