@@ -23,7 +23,7 @@ from support.oracle import judge, tampered
 from support.records import BODY, Ledger, request, response
 
 from litellm_sqlalchemy import frames
-from litellm_sqlalchemy.consumer import Consumer, Cursor, producers, read_state
+from litellm_sqlalchemy.consumer import READ_SIZE, Consumer, Cursor, producers, read_state
 from litellm_sqlalchemy.frames import Damage, Frame, Kind
 from litellm_sqlalchemy.identifiers import uuid7
 from litellm_sqlalchemy.producer import Producer
@@ -223,20 +223,24 @@ TestDelivery.settings = settings(max_examples=25, stateful_step_count=25, phases
     fates=st.text("wxyd", max_size=12).filter(lambda fates: set(fates) & set("wxy")),
     limit=st.integers(1, 4),
     segment=st.sampled_from([4096, 8 * 1024 * 1024]),
+    read=st.sampled_from([100, READ_SIZE]),
 )
-@example(fates="wxxdwdw", limit=1, segment=4096)
+@example(fates="wxxdwdw", limit=1, segment=4096, read=100)
 @settings(max_examples=50, deadline=None)
-def test_dropped_and_damaged_frames_are_told_apart_at_any_time(fates: str, limit: int, segment: int) -> None:
+def test_dropped_and_damaged_frames_are_told_apart_at_any_time(fates: str, limit: int, segment: int, read: int) -> None:
+    """Also where a frame, or a damage, is larger than what is read at once."""
     machine = Delivery()
     producer = Producer(SpoolSettings(directory=machine.directory, segment_size=segment))
     _write(machine, producer, fates)
     producer.close()
-    while producers(machine.directory):
-        writer = machine._writer(limit)
-        writer.drain_once()
-        writer._consumer.close()
-        judge(machine.ledger, machine.store.rows, machine.directory, damaged=machine.damaged)
-    machine.teardown()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("litellm_sqlalchemy.consumer.READ_SIZE", read)
+        while producers(machine.directory):
+            writer = machine._writer(limit)
+            writer.drain_once()
+            writer._consumer.close()
+            judge(machine.ledger, machine.store.rows, machine.directory, damaged=machine.damaged)
+        machine.teardown()
 
 
 def _write(machine: Delivery, producer: Any, fates: str) -> None:
@@ -286,8 +290,12 @@ def test_a_frame_that_is_torn_behind_a_dropped_one_is_one_more(fates: str, tmp_p
     machine.producers[producer] = []
     _write(machine, producer, fates)
     machine.kill_producer_in_a_write(0, 30)
+    written = next(tmp_path.glob("producers/*/*.seg")).read_bytes()
     machine._drain()
     assert judge(machine.ledger, machine.store.rows, tmp_path, damaged=machine.damaged).damaged == machine.damaged
+    kept = [file.read_bytes() for file in tmp_path.glob("dead/*.damaged")]
+    assert len(kept) == machine.damaged
+    assert written[-30:] in kept
 
 
 def test_the_state_is_an_older_packages_too(tmp_path: Path) -> None:
