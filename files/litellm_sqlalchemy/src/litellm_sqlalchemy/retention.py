@@ -55,17 +55,17 @@ class Retention:
         segment.unlink()
         self._note_removed(time.time())
 
-    def prune(self, *, now: float | None = None) -> None:
+    def prune(self) -> None:
         """Remove what is too old or too much, once a minute, and at once when the disk gets full.
 
         A segment that cannot be removed keeps none of the others; `problem` tells of it.
         """
         with self._noting():
-            if now is None and time.monotonic() < self._prune_at and not self._is_disk_full():
+            if time.monotonic() < self._prune_at and not self._is_disk_full():
                 return
             self._prune_at = time.monotonic() + _PRUNE_INTERVAL
             self.problem = ""
-            self._remove((time.time() if now is None else now) - self._seconds)
+            self._remove(time.time() - self._seconds)
 
     def _remove(self, limit: float) -> None:
         """Remove what was retired before a time (Unix), and the oldest of what is too much."""
