@@ -33,7 +33,7 @@ class SystemCall:
 
 def logging_calls(log: Path) -> list[str]:
     """Return the prefix of a command whose calls are to be read by `read_calls`."""
-    calls = "openat,write,writev,fsync,fdatasync,rename"
+    calls = "openat,write,writev,fsync,fdatasync,rename,unlink"
     return ["strace", "-f", "-qq", "-ttt", "-T", "-y", "-s", "64", "-e", f"trace={calls}", "-e", "signal=none",
             "-o", str(log)]  # fmt: skip
 
@@ -56,7 +56,7 @@ def read_calls(log: Path) -> list[SystemCall]:
         if call and int(call[3]) >= 0:
             name, arguments = call[1], call[2]
             described = call[3] + call[4] if name == "openat" else arguments
-            files = _NAMES.findall(arguments) if name == "rename" else _FILE.findall(described)[:1]
+            files = _NAMES.findall(arguments) if name in ("rename", "unlink") else _FILE.findall(described)[:1]
             calls.append(SystemCall(name, tuple(files), int(call[3]), arguments, time, time + float(call[5] or 0)))
     return sorted(calls, key=lambda one: one.ended)
 
@@ -98,6 +98,24 @@ class Disk:
         last = max((call.begun for call in calls if _syncs(call, str(segment))), default=0.0)
         durable = sum(call.result for call in writes if call.ended <= last)
         return durable if is_named else None, sum(call.result for call in writes)
+
+
+def not_durable_in_time(calls: Sequence[SystemCall], spool: Path) -> list[tuple[str, ...]]:
+    """Return the files that were put in their place before what they hold was durable, or whose name was not durable
+    when the next file went or came; of delivered segments none has to be.
+    """
+    changes = [call for call in calls if call.name in ("rename", "unlink") and call.files[0].startswith(str(spool))]
+    found = []
+    for call, following in pairwise(changes):
+        source, target = call.files[0], call.files[-1]
+        if call.name == "rename" and "/retired/" not in target:
+            written = max((one.ended for one in calls if one.name == "write" and one.files == (source,)
+                           and one.ended <= call.begun), default=0.0)  # fmt: skip
+            holds = [one for one in calls if one.ended <= call.begun]
+            named = [one for one in calls if one.ended <= following.begun]
+            if not (_synced(holds, source, written) and _synced(named, str(Path(target).parent), call.ended)):
+                found.append(call.files)
+    return found
 
 
 def _syncs(call: SystemCall, file: str) -> bool:

@@ -7,15 +7,17 @@ from pathlib import Path
 
 import pytest
 from faults.disks import file_system
-from faults.power import Disk, SystemCall, logging_calls, read_calls
+from faults.power import Disk, SystemCall, logging_calls, not_durable_in_time, read_calls
 from faults.syscalls import python
 from support.drain import drain
 from support.oracle import Record, check, spooled
 from support.postgresql import Database
-from support.processes import Deployment
+from support.processes import COMMAND, Deployment
 from support.records import Ledger
 
 from litellm_sqlalchemy.frames import Kind
+from litellm_sqlalchemy.producer import Producer
+from litellm_sqlalchemy.status import spool_status
 
 _INTERVAL = 0.4
 #: Seconds that a sync may begin later than it should, on a machine that has other things to do.
@@ -94,3 +96,22 @@ def test_interval_loses_the_last_interval_at_most(deployment: Deployment, tmp_pa
 
 def test_control_never_loses_more(deployment: Deployment, tmp_path: Path) -> None:
     assert _live(deployment, "never").worst_loss(tmp_path / "cuts") > 1
+
+
+def test_what_is_delivered_or_requeued_is_durable_before_the_frames_go(
+    deployment: Deployment, database: Database, tmp_path: Path
+) -> None:
+    deployment.update(spool={"segment_size": 4096}, writer={"listen": None})
+    producer = Producer(deployment.load().spool)
+    Ledger().send(producer, 30)
+    producer.append(Kind.RESPONSE, b'{"request_id": "00000000000000000000000000000000"}')  # of no call: a dead letter
+    producer.close()
+    places = set()
+    for command in (python("drain.py", str(deployment.file)), [*COMMAND, "dead-letters", "requeue"]):
+        assert spool_status(deployment.spool).dead == (command[-1] == "requeue")
+        log = tmp_path / "calls"
+        subprocess.run([*logging_calls(log), *command], env=deployment.test_environment, check=True, timeout=100)
+        calls = read_calls(log)
+        places |= {Path(call.files[-1]).parent.name for call in calls if call.name in ("rename", "unlink")}
+        assert not_durable_in_time(calls, deployment.spool) == []
+    assert places >= {deployment.spool.name, "dead", "producers"}, "state, dead letters and their way back"
