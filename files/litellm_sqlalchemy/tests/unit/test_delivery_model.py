@@ -210,6 +210,7 @@ class Delivery(RuleBasedStateMachine):
         try:
             while writer.drain_once():
                 pass
+            assert not list(writer._consumer.batches(1000)), "a writer with nothing to do writes nothing"
         finally:
             writer._consumer.close()
         self.unnoted = False
@@ -314,6 +315,20 @@ def test_the_state_is_an_older_packages_too(tmp_path: Path) -> None:
     machine._drain()
     status = spool_status(tmp_path)
     assert (status.received, status.damaged, status.dropped) == (7, 2, 2), "a gap beside damage, as that one counts it"
+
+
+def test_a_writer_without_its_memory_finds_nothing_but_damage(tmp_path: Path) -> None:
+    machine = Delivery()
+    shutil.rmtree(machine.directory)
+    machine.directory = tmp_path
+    producer = Producer(SpoolSettings(directory=tmp_path))
+    _write(machine, producer, "y")
+    producer.close()
+    [segment] = tmp_path.glob("producers/*/*.seg")
+    segment.rename(segment.with_name("0000000002.seg"))
+    machine._drain()
+    assert judge(machine.ledger, [], tmp_path, damaged=1).damaged == 1
+    assert not producers(tmp_path)
 
 
 def test_a_frame_that_a_killed_process_was_to_write_is_lost_by_no_disk(tmp_path: Path) -> None:
