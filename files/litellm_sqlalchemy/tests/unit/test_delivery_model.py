@@ -50,6 +50,7 @@ class Delivery(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
+        self.descriptors = os.listdir("/proc/self/fd")
         self.directory = Path(tempfile.mkdtemp(prefix="spool-", dir=MEMORY))
         self.store = FakeStore()
         self.ledger = Ledger()
@@ -66,6 +67,7 @@ class Delivery(RuleBasedStateMachine):
         assert status.spooled == 0
         assert not producers(self.directory), "folders of producers that are gone are removed"
         shutil.rmtree(self.directory)
+        assert len(os.listdir("/proc/self/fd")) == len(self.descriptors), "no file is left open"
 
     @initialize()
     def first(self) -> None:
@@ -300,7 +302,7 @@ def test_a_frame_that_is_torn_behind_a_dropped_one_is_one_more(fates: str, tmp_p
 
 
 def test_the_state_is_an_older_packages_too(tmp_path: Path) -> None:
-    """It knows these fields of a cursor, and leaves out the rest of the state when it writes."""
+    """It knows this format, and these fields of a cursor, and leaves out the rest of the state when it writes."""
     known = {"segment", "offset", "sequence", "damaged", "open"}
     machine = Delivery()
     shutil.rmtree(machine.directory)
@@ -308,6 +310,7 @@ def test_the_state_is_an_older_packages_too(tmp_path: Path) -> None:
     producer = Producer(SpoolSettings(directory=tmp_path))
     _write(machine, producer, "wdwxdwd")
     machine._drain()
+    assert (tmp_path / "format").read_bytes() == b"1"
     content = json.loads((tmp_path / "state.json").read_bytes())
     assert [cursor.keys() for cursor in content["producers"].values()] == [known]
     (tmp_path / "state.json").write_text(json.dumps({name: content[name] for name in ("totals", "producers")}))
