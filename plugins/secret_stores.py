@@ -89,7 +89,7 @@ class SecretsManager:
         stage = {"version_stage": "AWSCURRENT", "on_missing": "skip"}
         found = self._lookup.run([self._name], {}, **stage, **self._options)
         self._seen = found[0] if found else None
-        return _document(self._seen, self.place) if self._seen is not None else {}
+        return _document(self._seen) if self._seen is not None else {}
 
     def write(self, document: Document) -> None:
         """Make `document` current, unless somebody else wrote since `read`; a new version is pending until it is read.
@@ -182,7 +182,7 @@ def _settings(path: str) -> dict[str, Any]:
     return dict(options)
 
 
-def _document(text: str, place: str) -> Document:
+def _document(text: str) -> Document:
     try:
         document = json.loads(text)
     except ValueError:
