@@ -109,7 +109,10 @@ def test_what_retention_removes_meanwhile_is_no_damage(monkeypatch, tmp_path, ca
     assert cli._verify(settings, SimpleNamespace(dump=removed, decrypt=False)) == ExitCode.DAMAGED
 
 
-@pytest.mark.parametrize(("content", "word"), [(b"", "empty"), (b"encrypt", "truncated"), (b"encryptee", "changed")])
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [(b"", "empty"), (b"encrypt", "truncated"), (b"encrypted twice", "too long"), (b"encryptee", "changed")],
+)
 def test_a_file_that_is_not_as_the_manifest_says_is_named(tmp_path, content, word):
     manifest = store(tmp_path, names([1])[0])
     folder = tmp_path / manifest.name
@@ -124,6 +127,16 @@ def test_a_damaged_manifest_is_an_error_of_its_own(tmp_path, content):
     manifest = store(tmp_path, names([1])[0])
     (tmp_path / manifest.name / "manifest.json").write_text(content)
     with pytest.raises(DamagedError, match=manifest.name):
+        dumps.load(tmp_path / manifest.name)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"name": "other"}, {"format": 2}, {"files": {}}, {"files": ["x"]}, {"files": {"x": {}}}]
+)
+def test_a_manifest_that_tells_of_no_such_dump(tmp_path, changes):
+    manifest = store(tmp_path, names([1])[0])
+    dumps.save(tmp_path / manifest.name, replace(manifest, **changes))
+    with pytest.raises(DamagedError, match=f"{manifest.name} has a damaged manifest"):
         dumps.load(tmp_path / manifest.name)
 
 
