@@ -81,7 +81,11 @@ def test_a_damaged_newest_dump_does_not_drive_out_the_last_good_one(tmp_path, co
     store(tmp_path, damaged)
     (tmp_path / damaged / "litellm.dump.age").write_bytes(content)
     assert dumps.prune(tmp_path, {"hourly": 1}) == []
+    (tmp_path / damaged / "manifest.json").write_text("{")
+    assert dumps.prune(tmp_path, {"hourly": 1}) == []
     assert dumps.names(tmp_path) == [good, damaged]
+    (tmp_path / good / "litellm.dump.age").write_bytes(content)
+    assert dumps.prune(tmp_path, {"hourly": 1}) == []
 
 
 def test_prune_removes_what_no_rule_keeps(tmp_path):
@@ -107,6 +111,8 @@ def test_what_retention_removes_meanwhile_is_no_damage(monkeypatch, tmp_path, ca
     assert cli._verify(settings, SimpleNamespace(dump="", decrypt=False)) == ExitCode.OK
     assert capsys.readouterr().out.split()[:2] == ["OK", kept]
     assert cli._verify(settings, SimpleNamespace(dump=removed, decrypt=False)) == ExitCode.DAMAGED
+    (tmp_path / kept / "litellm.dump.age").write_bytes(b"")
+    assert cli._verify(settings, SimpleNamespace(dump="", decrypt=False)) == ExitCode.DAMAGED
 
 
 @pytest.mark.parametrize(
