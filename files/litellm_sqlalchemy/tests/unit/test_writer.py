@@ -26,6 +26,7 @@ from litellm_sqlalchemy.errors import ExitCode, SettingsError
 from litellm_sqlalchemy.frames import Kind
 from litellm_sqlalchemy.producer import Producer
 from litellm_sqlalchemy.settings import Settings, as_mapping
+from litellm_sqlalchemy.store import Unavailable
 from litellm_sqlalchemy.writer import Writer
 
 
@@ -104,6 +105,16 @@ def test_the_database_is_not_asked_by_a_writer_that_shall_stop(tmp_path: Path) -
         with pytest.raises(BlockingIOError):
             server.accept()
         producer.close()
+
+
+@pytest.mark.parametrize(("cause", "longest"), [(ErrorClass.RETRY, 2), (ErrorClass.PAUSE, 5), (ErrorClass.SCHEMA, 5)])
+def test_it_waits_twice_as_long_after_each_attempt(cause: ErrorClass, longest: float, tmp_path: Path) -> None:
+    """Where somebody has to mend something first, `writer.retry_delay_max` may be too short."""
+    writer = Writer(_settings(tmp_path))
+    writer._settings = writer._settings.model_copy(update={"retry_delay_max": 2})
+    for attempt, seconds in ((1, 0.1), (2, 0.2), (3, 0.4), (5, 1.6), (6, min(3.2, longest)), (10_000, longest)):
+        assert seconds / 2 <= writer._delay(Unavailable(cause, ""), attempt) <= seconds
+    writer._consumer.close()
 
 
 def test_it_gives_signs_of_life_while_it_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
