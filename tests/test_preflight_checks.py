@@ -27,6 +27,7 @@ SPECS = {
     "litellm": {
         "litellm_bind_address": {"type": "str", "default": "127.0.0.1"},
         "litellm_port": {"type": "int", "default": 4000},
+        "litellm_instances": {"type": "int", "default": 2},
         "litellm_models": {"type": "list", "elements": "dict", "required": True},
         "litellm_provider_keys": {"type": "dict", "no_log": True},
     },
@@ -256,6 +257,29 @@ def test_a_missing_secret_is_not_told_twice():
     assert "undefined-variable" not in found(run)[0]
     run.hosts[1].unset = {"litellm_x": "'other' is undefined"}
     assert "undefined-variable" in found(run)[0]
+
+
+@pytest.mark.parametrize("name", ["vault_a", "vault_keys"])
+def test_a_secret_with_braces_is_told_once_and_nothing_of_it_is_shown(name):
+    run = scene()
+    for host in run.hosts:
+        del host.values[name]
+        host.unset = {name: "'k3yPart' is undefined", "own": "in a template: 'k3yPart' is undefined"}
+    checks, report = found(run)
+    assert checks == {"undefined-variable"}
+    assert report.count("cannot be evaluated") == 1
+    assert "k3yPart" not in report
+
+
+def test_a_provider_key_is_a_text():
+    report = found(scene(gateway={"vault_keys": {"OPENAI_API_KEY": 123456}}))[1]
+    assert "vault_keys.OPENAI_API_KEY is a number, not a text (value hidden)" in report
+    assert "123456" not in report
+
+
+@pytest.mark.parametrize("count", [0, "0", -1])
+def test_a_gateway_without_instances_is_refused(count):
+    assert f"[gw1]  litellm_instances is {count}." in found(scene(gateway={"litellm_instances": count}))[1]
 
 
 def test_one_off_host_place_is_enough_and_two_are_too_many():

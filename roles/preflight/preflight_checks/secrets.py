@@ -58,7 +58,7 @@ def direct(run: Run) -> Iterator[tuple[Host, str, str]]:
 def missing(run: Run) -> Iterator[tuple[str, ...]]:
     absent: dict[str, list[str]] = {}
     for host in run.hosts:
-        names = [name for name in run.secrets if host.values.get(name) is None or host.values[name] == ""]
+        names = [name for name in run.secrets if host.values.get(name) in (None, "") and name not in host.unset]
         if names:
             absent.setdefault(", ".join(names), []).append(host.name)
         for name, value in host.values.items():
@@ -84,6 +84,13 @@ def shape(run: Run) -> Iterator[tuple[str, ...]]:
                     if wanted is str
                     else f"write `{name}: {{OPENAI_API_KEY: ...}}`, or {{}} for none.",
                 )
+            for key, item in value.items() if wanted is dict and isinstance(value, dict) else ():
+                if not isinstance(item, str) and item is not None:
+                    yield (
+                        host.name,
+                        f"{name}.{key} is {type_name(item)}, not a text (value hidden).",
+                        "quote the value.",
+                    )
     for host, name, kind, text in texts(run):
         if kind == "gateway_key" and not text.startswith("sk-"):
             yield host.name, f"{name} does not start with sk- (value hidden).", REPLACE

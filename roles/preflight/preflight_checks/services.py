@@ -34,6 +34,10 @@ def topology(run: Run) -> Iterator[tuple[str, ...]]:
             f"the inventory has several database hosts: {', '.join(run.role_hosts['postgresql'])}.",
             "keep one in the group postgresql.",
         )
+    for host in run.on("litellm"):
+        count = run.value(host, "litellm_instances", 2)
+        if re.fullmatch(r"0+|-\d+", str(count)):
+            yield host.name, f"litellm_instances is {count}.", "set it to 1 or more."
 
 
 @check("database-unreachable", "The database listens where the gateway connects to")

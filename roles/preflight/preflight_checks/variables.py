@@ -46,9 +46,19 @@ def unknown_variable(run: Run) -> Iterator[tuple[str, ...]]:
 @check("undefined-variable", "Every variable can be evaluated")
 def undefined_variable(run: Run) -> Iterator[tuple[str, ...]]:
     for host in run.hosts:
+        # A template that stands in a secret is a part of it, and so is what is quoted of it, here and where it is used.
+        secrets = [reason for name, reason in host.unset.items() if name in run.secrets]
         for name, reason in host.unset.items():
+            if name in run.secrets:
+                yield (
+                    host.name,
+                    f"{name}{where(host, name)} cannot be evaluated (value hidden).",
+                    "write !unsafe before a quoted value whose {{ or {% stands for itself (ansible-vault edit), "
+                    "or define what it refers to.",
+                )
+                continue
             missing_secret = any(secret in reason and not host.values.get(secret) for secret in run.secrets)
-            if not missing_secret:  # secret-missing says it already
+            if not missing_secret and not any(secret in reason for secret in secrets):  # it is said already
                 yield host.name, f"{name}{where(host, name)} cannot be evaluated: {reason}", "define what it refers to."
 
 
