@@ -328,6 +328,9 @@ def test_a_host_that_cannot_be_looked_at_is_one_finding():
 def test_our_own_services_may_hold_their_ports():
     own = {"address": "127.0.0.1", "port": 4001, "process": "python3", "unit": "litellm@2.service"}
     assert found(scene(gateway_facts={"listeners": [own]}))[0] == set()
+    ids, report = found(scene(gateway_facts={"listeners": [{**own, "unit": "litellm@1.service"}]}))
+    assert ids == {"port-taken"}, "an instance whose port is given to another one"
+    assert "port 4001 (litellm_port + 1) is taken by litellm@1.service" in report
     elsewhere = {**LISTENER, "address": "10.0.0.9"}
     assert found(scene(gateway_facts={"listeners": [elsewhere]}))[0] == set()
 

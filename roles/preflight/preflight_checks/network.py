@@ -63,7 +63,7 @@ def ports(run: Run, host: Host) -> Iterator[Port]:
         if first is not None and count is not None:
             for index in range(min(count, 100)):
                 name = "litellm_port" + (f" + {index}" if index else "")
-                yield Port(first + index, name, where, r"litellm@\d+\.service")
+                yield Port(first + index, name, where, rf"litellm@{index + 1}\.service")
     if "haproxy" in host.roles:
         number = as_number(run.value(host, "haproxy_port", 443))
         if number is not None:
