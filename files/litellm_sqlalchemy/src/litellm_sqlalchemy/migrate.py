@@ -120,13 +120,16 @@ def missing_privileges(connection: Connection, roles: RoleSettings) -> list[str]
     """Return the differences between the privileges on the tables and `PRIVILEGES`: `+` too many, `-` missing."""
     rows = connection.execute(
         text(
-            "SELECT c.relname, g.rolname, a.privilege_type FROM pg_class c, aclexplode(c.relacl) a "
-            "LEFT JOIN pg_roles g ON g.oid = a.grantee "
+            "SELECT c.relname, g.rolname, a.privilege_type, p.whole FROM pg_class c CROSS JOIN LATERAL ("
+            "SELECT c.relacl, true UNION ALL SELECT attacl, false FROM pg_attribute WHERE attrelid = c.oid"
+            ") p (acl, whole) CROSS JOIN aclexplode(p.acl) a LEFT JOIN pg_roles g ON g.oid = a.grantee "
             "WHERE c.relnamespace = current_schema()::regnamespace AND c.relkind IN ('r', 'p', 'v') "
             "AND a.grantee <> c.relowner"
         )
-    )
-    found = {(str(table), str(role or "PUBLIC"), str(privilege)) for table, role, privilege in rows}
+    ).all()
+    # A column's are never wanted; to revoke them on the table revokes them on its columns.
+    found = {(str(table), str(role or "PUBLIC"), str(privilege)) for table, role, privilege, _whole in rows}
+    granted = {(str(table), str(role or "PUBLIC"), str(privilege)) for table, role, privilege, whole in rows if whole}
     wanted = {
         (table, role, privilege)
         for name, tables in PRIVILEGES.items()
@@ -136,12 +139,13 @@ def missing_privileges(connection: Connection, roles: RoleSettings) -> list[str]
     }
     managed = {table for tables in PRIVILEGES.values() for table in tables}
     extra = {entry for entry in found - wanted if entry[0] in managed}
-    return sorted([f"-{' '.join(entry)}" for entry in wanted - found] + [f"+{' '.join(entry)}" for entry in extra])
+    return sorted([f"-{' '.join(entry)}" for entry in wanted - granted] + [f"+{' '.join(entry)}" for entry in extra])
 
 
 def _grant(connection: Connection, roles: RoleSettings) -> None:
     for entry in missing_privileges(connection, roles):
-        table, role, privilege = entry[1:].split(" ")
+        table, _, rest = entry[1:].partition(" ")
+        role, _, privilege = rest.rpartition(" ")  # a role's name may have spaces
         verb, word = ("GRANT", "TO") if entry[0] == "-" else ("REVOKE", "FROM")
         grantee = "PUBLIC" if role == "PUBLIC" else _quoted(connection, role)
         connection.execute(text(f"{verb} {privilege} ON {table} {word} {grantee}"))

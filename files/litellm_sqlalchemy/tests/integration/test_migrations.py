@@ -84,6 +84,24 @@ def test_migrate_repairs_privileges_and_says_so(database: Database, deployment: 
     test_privileges_are_exact(database)
 
 
+def test_privileges_on_columns_are_taken_back(database: Database, deployment: Deployment) -> None:
+    database.execute(
+        'CREATE ROLE "a group"',
+        "GRANT SELECT (payload) ON requests TO litellm_writer, PUBLIC",
+        "REVOKE SELECT ON responses FROM litellm_reader; GRANT SELECT (status) ON responses TO litellm_reader",
+        'GRANT SELECT ON requests TO "a group"',
+    )
+    try:
+        assert deployment.run("migrate", "--check").returncode == 5
+        done = deployment.run("migrate")
+        assert done.returncode == 0, done.stderr
+        assert deployment.run("migrate", "--check").returncode == 0
+        test_privileges_are_exact(database)
+        assert not database.value("SELECT has_column_privilege('litellm_writer', 'requests', 'payload', 'SELECT')")
+    finally:
+        database.execute('DROP OWNED BY "a group"', 'DROP ROLE "a group"')
+
+
 def test_an_empty_database(server: Server, database: Database, deployment: Deployment) -> None:
     database.drop()
     server.create_database(database.name)
