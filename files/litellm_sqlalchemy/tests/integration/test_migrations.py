@@ -1,6 +1,7 @@
 """Migrations and models are one schema; privileges are exactly what they should be."""
 
 import secrets
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import psycopg2
@@ -12,6 +13,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import text
 from support.postgresql import Database, Server
 from support.processes import Deployment
+from support.waiting import wait_until
 
 from litellm_sqlalchemy.database import connected
 from litellm_sqlalchemy.migrate import PRIVILEGES, config, head, revisions
@@ -100,6 +102,26 @@ def test_privileges_on_columns_are_taken_back(database: Database, deployment: De
         assert not database.value("SELECT has_column_privilege('litellm_writer', 'requests', 'payload', 'SELECT')")
     finally:
         database.execute('DROP OWNED BY "a group"', 'DROP ROLE "a group"')
+
+
+def test_an_index_that_was_made_is_not_thrown_away_for_a_reader(database: Database, deployment: Deployment) -> None:
+    with connected(deployment.load().database, "migrator", "test") as connection:
+        connection.execute(text("SET ROLE litellm_owner"))
+        command.downgrade(config(connection), "0006")
+        connection.commit()
+    database.execute(f"ALTER ROLE litellm_migrator_a IN DATABASE {database.name} SET lock_timeout = '200ms'")
+    waited = (
+        "SELECT 1 FROM pg_locks WHERE NOT granted AND mode = 'AccessExclusiveLock' "
+        "AND database = %s::oid AND clock_timestamp() - waitstart > '1s'"
+    )
+    oid = database.value("SELECT oid FROM pg_database WHERE datname = current_database()")
+    with database.server.connection(database.name) as reader, ThreadPoolExecutor(1) as pool:
+        reader.cursor().execute("BEGIN; SELECT count(*) FROM requests")
+        migrating = pool.submit(deployment.run, "migrate")
+        wait_until(lambda: migrating.done() or database.query(waited, oid), "the migration waits for the reader")
+        reader.cursor().execute("ROLLBACK")  # in autocommit mode psycopg2 knows of no transaction
+        done = migrating.result(60)
+    assert done.returncode == 0, done.stderr
 
 
 def test_an_empty_database(server: Server, database: Database, deployment: Deployment) -> None:

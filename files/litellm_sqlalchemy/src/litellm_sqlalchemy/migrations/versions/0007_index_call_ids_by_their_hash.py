@@ -18,8 +18,12 @@ _INDEX = "ix_requests_call_id_hash_created_at"
 
 
 def upgrade() -> None:
-    """Make the new index first: to remove the old one locks readers out, too."""
+    """Make the new index first: to remove the old one locks readers out, too.
+
+    It waits longer than a reader's statement may take (60 s): the migrator's own 10 s would throw the new index away.
+    """
     op.create_index(_INDEX, "requests", [sa.text("hashtextextended(call_id, 0)"), "created_at"])
+    op.execute("SET LOCAL lock_timeout = '70s'")
     op.drop_index("ix_requests_call_id", "requests")
     op.execute("ALTER FUNCTION add_to_daily_usage() SET enable_seqscan = off")
 
