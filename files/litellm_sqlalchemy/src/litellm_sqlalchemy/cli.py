@@ -21,8 +21,9 @@ from litellm_sqlalchemy.dead_letters import read_letters, requeue
 from litellm_sqlalchemy.erase import erase
 from litellm_sqlalchemy.errors import ExitCode, LogError
 from litellm_sqlalchemy.migrate import migrate
+from litellm_sqlalchemy.prune import prune
 from litellm_sqlalchemy.replay import replay
-from litellm_sqlalchemy.reports import add_verbs, printable
+from litellm_sqlalchemy.reports import add_verbs, moment, printable
 from litellm_sqlalchemy.retention import removed_until
 from litellm_sqlalchemy.settings import SETTINGS_VARIABLE, LoggingSettings, Settings, as_mapping, load_settings
 from litellm_sqlalchemy.status import Known, acknowledge, read_known, spool_status, tables_status
@@ -113,6 +114,9 @@ def _parser() -> argparse.ArgumentParser:
         "--user", type=_user, required=True, metavar="ID", help="owner of keys, or the `user` that clients name"
     )
     erasing.add_argument("--dry-run", action="store_true", help="only count")
+    pruning = add("prune", _prune, "Remove calls by age; `usage` keeps their sums.")
+    pruning.add_argument("--before", type=moment, required=True, metavar="TIME", help="90d (whole days) or ISO time")
+    pruning.add_argument("--dry-run", action="store_true", help="only count")
     add("settings", _settings, "Print the settings in force.")
     add_verbs(add)
     return parser
@@ -203,14 +207,24 @@ def _erase(settings: Settings, options: argparse.Namespace) -> int:
     return ExitCode.OK if result.complete else ExitCode.FAILED
 
 
+def _prune(settings: Settings, options: argparse.Namespace) -> int:
+    calls = prune(settings, options.before, dry_run=options.dry_run)
+    if options.json:
+        _print({"before": options.before.isoformat(), "calls": calls})
+    else:
+        verb = "would remove" if options.dry_run else "removed"
+        print(f"{verb} the rows of {calls} calls from before {options.before.isoformat(timespec='seconds')}")
+    return ExitCode.OK
+
+
 def _moment(text: str) -> datetime:
     try:
-        moment = datetime.fromisoformat(text)
+        found = datetime.fromisoformat(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no ISO time: write it like 2026-11-23T14:30:00+00:00") from None
-    if moment.tzinfo is None:
+    if found.tzinfo is None:
         raise argparse.ArgumentTypeError(f"{text} has no time zone: write {text}+00:00 for UTC")
-    return moment
+    return found
 
 
 def _user(text: str) -> str:

@@ -195,3 +195,15 @@ def connected(settings: DatabaseSettings, login: str, application: str) -> Itera
         ) from None
     finally:
         engine.dispose()
+
+
+@contextmanager
+def maintaining(settings: DatabaseSettings, application: str) -> Iterator[Connection]:
+    """Yield a connection of the role that may delete rows. Raises as `connected`, and SettingsError without a role."""
+    if settings.roles.maintainer is None:
+        raise SettingsError("`database.roles.maintainer` is null: name the role that may delete rows")
+    with connected(settings, "migrator", application) as connection:
+        role = connection.dialect.identifier_preparer.quote(settings.roles.maintainer)
+        connection.exec_driver_sql(f"SET ROLE {role}")
+        connection.commit()
+        yield connection

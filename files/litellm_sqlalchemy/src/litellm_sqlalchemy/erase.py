@@ -19,9 +19,8 @@ from sqlalchemy import Connection, text
 
 from litellm_sqlalchemy import frames
 from litellm_sqlalchemy.consumer import Cursor, read_state
-from litellm_sqlalchemy.database import connected
+from litellm_sqlalchemy.database import maintaining
 from litellm_sqlalchemy.dead_letters import call_of, metadata_of, read_letters
-from litellm_sqlalchemy.errors import SettingsError
 from litellm_sqlalchemy.frames import Frame
 from litellm_sqlalchemy.retention import is_retired, open_segments
 from litellm_sqlalchemy.settings import Settings
@@ -95,8 +94,8 @@ def erase(settings: Settings, user: str, *, dry_run: bool = False, wait: float =
     while (left := _undelivered(directory, spooled)) and time.monotonic() < deadline:
         time.sleep(_POLL_INTERVAL)
     result.spooled = left
-    with connected(settings.database, "migrator", "erase") as connection:
-        deleted, running = _erase_rows(connection, settings, user, result, dry_run)
+    with maintaining(settings.database, "erase") as connection:
+        deleted, running = _erase_rows(connection, user, result, dry_run)
     calls = (spooled | deleted) - running
     _erase_frames(directory, calls, result, dry_run)
     _erase_letters(directory, user, calls, result, dry_run)
@@ -109,14 +108,8 @@ def _undelivered(directory: Path, calls: set[str]) -> int:
     return sum(call in calls for call in waiting)
 
 
-def _erase_rows(
-    connection: Connection, settings: Settings, user: str, result: Erasure, dry_run: bool
-) -> tuple[set[str], set[str]]:
+def _erase_rows(connection: Connection, user: str, result: Erasure, dry_run: bool) -> tuple[set[str], set[str]]:
     """Delete the rows of the calls that have ended, in one transaction; return these calls and those still running."""
-    role = settings.database.roles.maintainer
-    if role is None:
-        raise SettingsError("`database.roles.maintainer` is null: name the role that may delete rows")
-    connection.execute(text(f"SET ROLE {connection.dialect.identifier_preparer.quote(role)}"))
     found = [(call, ended) for call, ended in connection.execute(text(_CALLS), {"user": user})]
     calls = {"calls": [call for call, ended in found if ended]}
     running = {call for call, ended in found if not ended}
