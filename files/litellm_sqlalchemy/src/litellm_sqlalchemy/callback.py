@@ -26,6 +26,8 @@ from litellm_sqlalchemy.values import TEXT_LENGTH, text
 
 #: How LiteLLM tags the calls of its health checks (LITTELM_INTERNAL_HEALTH_SERVICE_ACCOUNT_NAME).
 _HEALTH_CHECK = "litellm-internal-health-check"
+#: How the paths of OAuth end, which LiteLLM has for MCP and counts among those of models: their bodies are credentials.
+_AUTHORIZATION = ("/authorize", "/token", "/register", "/revoke", "/introspect")
 _Hook = TypeVar("_Hook", bound=Callable[..., Awaitable[Any]])
 
 
@@ -219,13 +221,18 @@ def _attempt_of(call: Call, data: Any, error: Exception) -> dict[str, Any]:
     }
 
 
+def _is_call(path: str) -> bool:
+    """Return whether calls go to a path, as LiteLLM knows them."""
+    return RouteChecks.is_llm_api_route(path) and not path.endswith(_AUTHORIZATION)
+
+
 def _observe(recorder: Recorder) -> None:
     """Stand around LiteLLM's ASGI application; its middleware stack is built before callbacks are imported."""
     app = proxy_server.app
     if app.middleware_stack is None:
-        app.add_middleware(CallObserver, recorder=recorder, is_call=RouteChecks.is_llm_api_route)
+        app.add_middleware(CallObserver, recorder=recorder, is_call=_is_call)
     else:
-        app.middleware_stack = CallObserver(app.middleware_stack, recorder, RouteChecks.is_llm_api_route)
+        app.middleware_stack = CallObserver(app.middleware_stack, recorder, _is_call)
 
 
 _recorder = Recorder(load_settings())

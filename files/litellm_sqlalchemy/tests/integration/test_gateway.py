@@ -58,6 +58,18 @@ def _counted(database: Database, call_id: str) -> tuple[int, int, int]:
     return int(rows[0][0]), int(rows[0][1]), int(rows[0][2])
 
 
+def test_a_refused_authorization_is_no_call(gateway: Gateway, gateway_database: Database, upstream: Upstream) -> None:
+    """Its body is a credential, and LiteLLM counts its path among those of models."""
+    before, after = (Clients(gateway.url, name, upstream) for name in ("oauth", "after-oauth"))
+    form = {"grant_type": "authorization_code", "code": "of-a-client"}
+    answer = before.http.post("/token", headers={"x-litellm-call-id": "oauth"}, data=form)
+    assert answer.status_code >= 400
+    assert answer.status_code not in (404, 405)
+    after.post("/v1/chat/completions", b"[]")
+    wait_until(lambda: _counted(gateway_database, "after-oauth")[2], "the next refused call is stored")
+    assert _counted(gateway_database, "oauth") == (0, 0, 0)
+
+
 def test_assumptions(gateway: Gateway) -> None:
     """LiteLLM's side of what the package relies on: when an upgrade changes it, look here first."""
     found = gateway.state("assumptions")
