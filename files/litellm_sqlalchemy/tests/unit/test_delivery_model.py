@@ -246,6 +246,14 @@ def test_dropped_and_damaged_frames_are_told_apart_at_any_time(fates: str, limit
         machine.teardown()
 
 
+def _delivery_in(directory: Path) -> Delivery:
+    """Return a machine whose spool is in a directory of the test's."""
+    machine = Delivery()
+    shutil.rmtree(machine.directory)
+    machine.directory = directory
+    return machine
+
+
 def _write(machine: Delivery, producer: Any, fates: str) -> None:
     """Have a producer's frames written (w), lost with their neighbours in one damage (x), alone (y) or dropped (d)."""
     for fate in fates:
@@ -266,9 +274,7 @@ def _write(machine: Delivery, producer: Any, fates: str) -> None:
 
 
 def test_the_totals_of_a_living_process_tell_too_once_its_counters_do(tmp_path: Path) -> None:
-    machine = Delivery()
-    shutil.rmtree(machine.directory)
-    machine.directory = tmp_path
+    machine = _delivery_in(tmp_path)
     producer = Producer(SpoolSettings(directory=tmp_path))
     for fates, damaged, dropped in (
         ("wxdxwd", 3, 0),  # the last frame that is counted is none that was delivered: what was dropped may be behind
@@ -286,9 +292,7 @@ def test_the_totals_of_a_living_process_tell_too_once_its_counters_do(tmp_path: 
 
 @pytest.mark.parametrize("fates", ["wd", "wxwd"])
 def test_a_frame_that_is_torn_behind_a_dropped_one_is_one_more(fates: str, tmp_path: Path) -> None:
-    machine = Delivery()
-    shutil.rmtree(machine.directory)
-    machine.directory = tmp_path
+    machine = _delivery_in(tmp_path)
     producer = Producer(SpoolSettings(directory=tmp_path))
     machine.producers[producer] = []
     _write(machine, producer, fates)
@@ -304,9 +308,7 @@ def test_a_frame_that_is_torn_behind_a_dropped_one_is_one_more(fates: str, tmp_p
 def test_the_state_is_an_older_packages_too(tmp_path: Path) -> None:
     """It knows this format, and these fields of a cursor, and leaves out the rest of the state when it writes."""
     known = {"segment", "offset", "sequence", "damaged", "open"}
-    machine = Delivery()
-    shutil.rmtree(machine.directory)
-    machine.directory = tmp_path
+    machine = _delivery_in(tmp_path)
     producer = Producer(SpoolSettings(directory=tmp_path))
     _write(machine, producer, "wdwxdwd")
     machine._drain()
@@ -321,9 +323,7 @@ def test_the_state_is_an_older_packages_too(tmp_path: Path) -> None:
 
 
 def test_a_writer_without_its_memory_finds_nothing_but_damage(tmp_path: Path) -> None:
-    machine = Delivery()
-    shutil.rmtree(machine.directory)
-    machine.directory = tmp_path
+    machine = _delivery_in(tmp_path)
     producer = Producer(SpoolSettings(directory=tmp_path))
     _write(machine, producer, "y")
     producer.close()
@@ -336,9 +336,7 @@ def test_a_writer_without_its_memory_finds_nothing_but_damage(tmp_path: Path) ->
 
 def test_a_frame_that_a_killed_process_was_to_write_is_lost_by_no_disk(tmp_path: Path) -> None:
     """The first one: the folder has counters before it has a segment."""
-    machine = Delivery()
-    shutil.rmtree(machine.directory)
-    machine.directory = tmp_path
+    machine = _delivery_in(tmp_path)
     producer: Any = Producer(SpoolSettings(directory=tmp_path))
     producer._enter = crashing(producer._enter, before=False)
     with pytest.raises(CrashError):
@@ -352,9 +350,7 @@ def test_a_frame_that_a_killed_process_was_to_write_is_lost_by_no_disk(tmp_path:
 
 def _delivered_twice(directory: Path, *, idempotent: bool) -> tuple[Ledger, FakeStore]:
     """Deliver, die before that is noted, deliver again."""
-    machine = Delivery()
-    shutil.rmtree(machine.directory)
-    machine.directory = directory
+    machine = _delivery_in(directory)
     machine.store.idempotent = idempotent
     producer = Producer(SpoolSettings(directory=directory))
     machine.ledger.send(producer, 10)
@@ -435,9 +431,7 @@ def test_made_up_responses_wait_for_room_and_keep_no_others_back(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         replace_file(file, content, reserved=reserved)
 
-    machine = Delivery()
-    shutil.rmtree(machine.directory)
-    machine.directory = tmp_path
+    machine = _delivery_in(tmp_path)
     gone, other = (Producer(SpoolSettings(directory=tmp_path)) for _ in range(2))
     call = uuid7().hex
     machine.ledger.append(gone, Kind.REQUEST, call, request(call), BODY)
@@ -458,9 +452,7 @@ def test_made_up_responses_wait_for_room_and_keep_no_others_back(
 
 
 def test_a_process_may_leave_more_calls_open_than_a_batch_holds(tmp_path: Path) -> None:
-    machine = Delivery()
-    shutil.rmtree(machine.directory)
-    machine.directory = tmp_path
+    machine = _delivery_in(tmp_path)
     producer = Producer(SpoolSettings(directory=tmp_path))
     for _ in range(10):
         call = uuid7().hex
