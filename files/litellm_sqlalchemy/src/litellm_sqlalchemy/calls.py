@@ -76,8 +76,6 @@ class Call:
     session_id: str | None = None
     noticed = False
     """LiteLLM has fired a hook: this exchange is a call."""
-    unheard = False
-    """LiteLLM has refused it, or broken down over it, before any hook."""
     accepted = False
     """LiteLLM's pre-call hook was reached."""
     failed = False
@@ -197,15 +195,10 @@ class Call:
     def conclude(self) -> None:
         """End the call where all is known: the exchange has ended and LiteLLM has told the outcome.
 
-        An exchange that LiteLLM fires no hook for is no call, a model list, a health probe, a page, unless it was
-        refused where calls go. What a provider has answered to a call that failed all the same, by a guardrail's
-        decision, may be told after its end.
+        An exchange that LiteLLM fires no hook for is no call: a model list, a health probe, a page. What a provider
+        has answered to a call that failed all the same, by a guardrail's decision, may be told after its end.
         """
-        if self.done or not self.ended_at:
-            return
-        if not self.noticed:
-            if self.unheard:
-                self._finish_in(_LATE_HOOK)
+        if self.done or not self.ended_at or not self.noticed:
             return
         failed = self._has_failed()
         answered = self.event.get("status") == "success"
@@ -213,6 +206,10 @@ class Call:
             self.finish()
         else:
             self._finish_in(_LATE_EVENT if failed or self._is_untold() else self._recorder.content.event_timeout)
+
+    def await_hook(self) -> None:
+        """End, soon, a call that LiteLLM has refused, or broken down over, before any hook."""
+        self._finish_in(_LATE_HOOK)
 
     def _has_failed(self) -> bool:
         return self.failed or (self.status_code or 0) >= 400

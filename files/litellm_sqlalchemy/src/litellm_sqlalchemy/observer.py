@@ -113,9 +113,11 @@ class CallObserver:
             call.ended_at = time.perf_counter()
             if not last_byte_sent and call.status_code is not None and not (call.aborted or call.interrupted):
                 call.disconnected = True
-            if not call.noticed and self._is_refused(call):
-                call.unheard, call.error = True, {"error_code": str(call.status_code)}
-            call.conclude()
+            if call.noticed or not self._is_refused(call):
+                call.conclude()
+            else:
+                call.error = {"error_code": str(call.status_code)}
+                call.await_hook()
         except Exception:
             self._recorder.fail("the observer")
 
