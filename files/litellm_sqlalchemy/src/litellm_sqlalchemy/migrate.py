@@ -41,6 +41,8 @@ PRIVILEGES: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "monitor": {"alembic_version": ("SELECT",)},
 }
+#: A table, a role and a privilege.
+_Entry = tuple[str, str, str]
 
 
 def config(connection: Connection | None = None) -> Config:
@@ -118,18 +120,22 @@ def migrate(settings: Settings, *, check: bool = False) -> tuple[bool, str]:
 
 def missing_privileges(connection: Connection, roles: RoleSettings) -> list[str]:
     """Return the differences between the privileges on the tables and `PRIVILEGES`: `+` too many, `-` missing."""
+    extra, missing = _differences(connection, roles)
+    return sorted([f"+{' '.join(entry)}" for entry in extra] + [f"-{' '.join(entry)}" for entry in missing])
+
+
+def _differences(connection: Connection, roles: RoleSettings) -> tuple[set[_Entry], set[_Entry]]:
+    """Return what is granted too much, and what is missing."""
     rows = connection.execute(
         text(
-            "SELECT c.relname, g.rolname, a.privilege_type, p.whole FROM pg_class c CROSS JOIN LATERAL ("
+            "SELECT p.whole, CAST(c.relname AS text), CAST(coalesce(g.rolname, 'PUBLIC') AS text), a.privilege_type "
+            "FROM pg_class c CROSS JOIN LATERAL ("
             "SELECT c.relacl, true UNION ALL SELECT attacl, false FROM pg_attribute WHERE attrelid = c.oid"
             ") p (acl, whole) CROSS JOIN aclexplode(p.acl) a LEFT JOIN pg_roles g ON g.oid = a.grantee "
             "WHERE c.relnamespace = current_schema()::regnamespace AND c.relkind IN ('r', 'p', 'v') "
             "AND a.grantee <> c.relowner"
         )
     ).all()
-    # A column's are never wanted; to revoke them on the table revokes them on its columns.
-    found = {(str(table), str(role or "PUBLIC"), str(privilege)) for table, role, privilege, _whole in rows}
-    granted = {(str(table), str(role or "PUBLIC"), str(privilege)) for table, role, privilege, whole in rows if whole}
     wanted = {
         (table, role, privilege)
         for name, tables in PRIVILEGES.items()
@@ -138,17 +144,17 @@ def missing_privileges(connection: Connection, roles: RoleSettings) -> list[str]
         for privilege in privileges
     }
     managed = {table for tables in PRIVILEGES.values() for table in tables}
-    extra = {entry for entry in found - wanted if entry[0] in managed}
-    return sorted([f"-{' '.join(entry)}" for entry in wanted - granted] + [f"+{' '.join(entry)}" for entry in extra])
+    # A column's are never wanted; to revoke them on the table revokes them on its columns.
+    extra = {(table, role, privilege) for _, table, role, privilege in rows if table in managed} - wanted
+    return extra, wanted - {(table, role, privilege) for whole, table, role, privilege in rows if whole}
 
 
 def _grant(connection: Connection, roles: RoleSettings) -> None:
-    for entry in missing_privileges(connection, roles):
-        table, _, rest = entry[1:].partition(" ")
-        role, _, privilege = rest.rpartition(" ")  # a role's name may have spaces
-        verb, word = ("GRANT", "TO") if entry[0] == "-" else ("REVOKE", "FROM")
-        grantee = "PUBLIC" if role == "PUBLIC" else _quoted(connection, role)
-        connection.execute(text(f"{verb} {privilege} ON {table} {word} {grantee}"))
+    extra, missing = _differences(connection, roles)
+    for entries, verb, word in ((extra, "REVOKE", "FROM"), (missing, "GRANT", "TO")):
+        for table, role, privilege in sorted(entries):
+            grantee = "PUBLIC" if role == "PUBLIC" else _quoted(connection, role)
+            connection.execute(text(f"{verb} {privilege} ON {table} {word} {grantee}"))
 
 
 def _quoted(connection: Connection, name: str) -> str:
