@@ -207,3 +207,9 @@ def maintaining(settings: DatabaseSettings, application: str) -> Iterator[Connec
         connection.exec_driver_sql(f"SET ROLE {role}")
         connection.commit()
         yield connection
+
+
+def vacuum(connection: Connection, tables: str) -> None:
+    """Commit, and free what was deleted from tables: until then it still stands in their files."""
+    connection.commit()
+    connection.execution_options(isolation_level="AUTOCOMMIT").exec_driver_sql(f"VACUUM {tables}")

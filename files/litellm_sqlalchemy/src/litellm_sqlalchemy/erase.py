@@ -19,7 +19,7 @@ from sqlalchemy import Connection, text
 
 from litellm_sqlalchemy import frames
 from litellm_sqlalchemy.consumer import Cursor, read_state
-from litellm_sqlalchemy.database import maintaining
+from litellm_sqlalchemy.database import maintaining, vacuum
 from litellm_sqlalchemy.dead_letters import call_of, metadata_of, read_letters
 from litellm_sqlalchemy.frames import Frame
 from litellm_sqlalchemy.retention import is_retired, open_segments
@@ -125,9 +125,7 @@ def _erase_rows(connection: Connection, user: str, result: Erasure, dry_run: boo
         forget_user(connection, user)
     connection.commit()
     if result.requests and not dry_run:
-        # Until then the deleted rows still stand in the tables' files.
-        outside = connection.execution_options(isolation_level="AUTOCOMMIT")
-        outside.execute(text("VACUUM requests, responses, daily_usage"))
+        vacuum(connection, "requests, responses, daily_usage")
     return set(calls["calls"]), running
 
 

@@ -5,7 +5,7 @@ from uuid import UUID
 
 from sqlalchemy import delete, func, select
 
-from litellm_sqlalchemy.database import maintaining
+from litellm_sqlalchemy.database import maintaining, vacuum
 from litellm_sqlalchemy.errors import UsageError
 from litellm_sqlalchemy.identifiers import first_id_at
 from litellm_sqlalchemy.models import Request, Response
@@ -36,7 +36,6 @@ def prune(settings: Settings, before: datetime, *, dry_run: bool = False) -> int
             connection.execute(delete(Response).where(Response.request_id.between(first, last)))
             removed += connection.execute(delete(Request).where(Request.id.between(first, last))).rowcount
             connection.commit()
-        connection.commit()
-        if removed:  # their room is for new rows at once
-            connection.execution_options(isolation_level="AUTOCOMMIT").exec_driver_sql("VACUUM requests, responses")
+        if removed:
+            vacuum(connection, "requests, responses")
         return removed

@@ -127,7 +127,8 @@ class Selection:
         if self.model is not None:  # as the index has it
             conditions.append(_same_hash(Request.model.expression, self.model))
         if self.keys is not None:
-            conditions.append(_prefix().in_({key[:KEY_PREFIX_LENGTH] for key in self.keys}))
+            prefix = func.left(Request.key_hash, literal_column(str(KEY_PREFIX_LENGTH)))
+            conditions.append(prefix.in_({key[:KEY_PREFIX_LENGTH] for key in self.keys}))
         return conditions
 
     def _callers(self, calls: type[Request] | type[DailyUsage]) -> list[ColumnElement[bool]]:
@@ -265,10 +266,6 @@ def errors(connection: Connection, selection: Selection) -> Rows:
     """Return how often calls failed, by model, error type and code, the most frequent first."""
     query = count_errors(*ERROR_DIMENSIONS).order_by(literal_column("calls").desc(), *ERROR_DIMENSIONS)
     return _rows(connection, selection.apply(query.where(selection.join())))
-
-
-def _prefix() -> ColumnElement[str]:
-    return func.left(Request.key_hash, literal_column(str(KEY_PREFIX_LENGTH)))
 
 
 def _same_hash(column: ColumnElement[Any], value: str) -> ColumnElement[bool]:
