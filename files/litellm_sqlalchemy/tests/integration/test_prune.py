@@ -1,4 +1,4 @@
-"""`prune` removes what is older than a moment, row by row as people asked for, and keeps its sums."""
+"""`prune` removes what is older than a moment, in batches, and keeps its sums."""
 
 import json
 from datetime import UTC, datetime, timedelta
