@@ -15,6 +15,7 @@ from fastapi import HTTPException
 from litellm.integrations.custom_logger import CustomLogger
 from litellm.proxy import proxy_server
 from litellm.proxy.auth.route_checks import RouteChecks
+from litellm.proxy.pass_through_endpoints.pass_through_endpoints import InitPassThroughEndpointHelpers
 
 from litellm_sqlalchemy.calls import Call, current_call
 from litellm_sqlalchemy.errors import SpoolError
@@ -222,8 +223,10 @@ def _attempt_of(call: Call, data: Any, error: Exception) -> dict[str, Any]:
 
 
 def _is_call(path: str) -> bool:
-    """Return whether calls go to a path, as LiteLLM knows them."""
-    return RouteChecks.is_llm_api_route(path) and not path.endswith(_AUTHORIZATION)
+    """Return whether calls go to a path: one of LiteLLM's own, or one that passes through to a configured target."""
+    return not path.endswith(_AUTHORIZATION) and (
+        RouteChecks.is_llm_api_route(path) or InitPassThroughEndpointHelpers.is_registered_pass_through_route(path)
+    )
 
 
 def _observe(recorder: Recorder) -> None:

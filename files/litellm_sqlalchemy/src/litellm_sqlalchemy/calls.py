@@ -79,7 +79,7 @@ class Call:
     accepted = False
     """LiteLLM's pre-call hook was reached."""
     failed = False
-    """LiteLLM's post-call failure hook was reached."""
+    """LiteLLM's post-call failure hook was reached, or a session closed because of an error."""
     rejected = False
     """It has ended, and was never accepted."""
     done = False
@@ -97,6 +97,8 @@ class Call:
     inner: Mapping[str, Any] = _NOTHING
     """The event of another call, which LiteLLM has made of this one."""
     error: Mapping[str, Any] = _NOTHING
+    apparent_error: Mapping[str, Any] = _NOTHING
+    """What the exchange shows of an error, where LiteLLM tells none."""
     _timer: TimerHandle | None = None
     _written: bool | None = None
     """Whether the request record stands in the spool; None: not tried."""
@@ -154,6 +156,11 @@ class Call:
         self.answer = answer
         if call_type == self.caller.get("call_type") and not any(answer is known for known in self.answers):
             self.answers = (*self.answers, answer)
+
+    def forget_request(self) -> None:
+        """Keep nothing of the request's body but its size and digest."""
+        self.request.forget()
+        self.content_type = b""
 
     def write_request(self, calls: int = 1) -> None:
         """Write the request record, once."""
@@ -290,7 +297,7 @@ class Call:
             **event.get("columns", {}),
             **(_without_none(columns_of_answer(self.answer)) if refused else {}),
             **(sums_of_answers(self.answers) if len(self.answers) > 1 else {}),
-            **({} if succeeded else {**_without_none(event.get("error")), **self.error}),
+            **({} if succeeded else {**self.apparent_error, **_without_none(event.get("error")), **self.error}),
             **outcome,
             "time_to_first_token_ms": milliseconds((self.first_byte_at - self.started) * 1000)
             if self.first_byte_at and outcome["status"] != "failure"

@@ -9,6 +9,7 @@ from typing import Any
 
 from litellm_sqlalchemy.calls import Call, current_call
 from litellm_sqlalchemy.recorder import Recorder
+from litellm_sqlalchemy.values import text
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -22,6 +23,8 @@ _KEPT_HEADERS = (
     ("call_id", b"x-litellm-call-id", 256),
     ("session_id", b"x-litellm-session-id", 512),
 )
+#: How a WebSocket session ends as it should (RFC 6455): done, or going away.
+_NORMAL_CLOSURES = (1000, 1001)
 
 
 class CallObserver:
@@ -39,9 +42,10 @@ class CallObserver:
         if call is None:
             await self._app(scope, receive, send)
             return
-        last_byte_sent = False
+        last_byte_sent = client_gone = False
 
         async def observed_receive() -> Message:
+            nonlocal client_gone
             message = await receive()
             try:
                 if message["type"] == "http.request":
@@ -50,6 +54,8 @@ class CallObserver:
                     call.disconnected = call.disconnected or not last_byte_sent
                 elif message["type"] == "websocket.receive":
                     call.response.add(_content(message))
+                elif message["type"] == "websocket.disconnect":
+                    client_gone = True
             except Exception:
                 self._recorder.fail("the observer")
             return message
@@ -67,6 +73,8 @@ class CallObserver:
                 elif message["type"].startswith("websocket."):
                     last_byte_sent = True  # a session has no last byte that somebody waits for
                     _note_session(call, message)
+                    if message["type"] == "websocket.close" and not client_gone:
+                        _note_closure(call, message)
             except Exception:
                 self._recorder.fail("the observer")
             await send(message)
@@ -93,7 +101,7 @@ class CallObserver:
             port = f":{server[1]}" if server else ""
             call = Call(self._recorder, f"{self._recorder.settings.gateway.name}{port}")
             call.method = scope.get("method", "GET")  # a session begins with a GET
-            call.endpoint = scope.get("path", "")
+            call.endpoint = scope.get("path", "").removeprefix(scope.get("root_path", ""))
             call.client = _client_address(scope)
             headers = dict(scope.get("headers", ()))
             call.content_type = headers.get(b"content-type", b"")
@@ -113,10 +121,12 @@ class CallObserver:
             call.ended_at = time.perf_counter()
             if not last_byte_sent and call.status_code is not None and not (call.aborted or call.interrupted):
                 call.disconnected = True
+            if call.failed and not call.accepted and not self._is_call(call.endpoint or ""):
+                call.forget_request()  # of keys, settings and users: nothing that a log of calls has to know
             if call.noticed or not self._is_refused(call):
                 call.conclude()
             else:
-                call.error = {"error_code": str(call.status_code)}
+                call.apparent_error = call.apparent_error or {"error_code": str(call.status_code)}
                 call.await_hook()
         except Exception:
             self._recorder.fail("the observer")
@@ -124,7 +134,8 @@ class CallObserver:
     def _is_refused(self, call: Call) -> bool:
         """Return whether LiteLLM has refused a call, or broken down over it; what goes nowhere is none."""
         code = call.status_code or 0
-        return code >= 400 and code not in (404, 405) and call.method == "POST" and self._is_call(call.endpoint or "")
+        refused = code >= 400 and code not in (404, 405) and call.method == "POST"
+        return (refused or call.failed) and self._is_call(call.endpoint or "")
 
 
 def _note_start(call: Call, message: Message) -> None:
@@ -155,6 +166,14 @@ def _note_session(call: Call, message: Message) -> None:
         call.status_code = call.status_code or 403
     elif message["type"] == "websocket.http.response.start":
         call.status_code = message["status"]
+
+
+def _note_closure(call: Call, message: Message) -> None:
+    """Take note that LiteLLM ends a session because of an error, of which no hook has to tell."""
+    code = message.get("code", 1000)
+    if code not in _NORMAL_CLOSURES:
+        call.failed = True
+        call.apparent_error = {"error_code": str(code), "error_message": text(message.get("reason"))}
 
 
 def _content(message: Message) -> bytes:

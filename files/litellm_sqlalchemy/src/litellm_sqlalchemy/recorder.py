@@ -45,6 +45,11 @@ class Body:
             self._kept += len(kept)
             self._chunks.append(kept)
 
+    def forget(self) -> None:
+        """Keep no more than the count and the digest."""
+        self._digest = self._digest or hashlib.sha256(self.content())
+        self._kept, self._limit, self._chunks = 0, 0, []
+
     def content(self) -> bytes:
         """Return what is kept."""
         if len(self._chunks) != 1:

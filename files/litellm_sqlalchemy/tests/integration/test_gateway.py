@@ -21,6 +21,7 @@ from support.postgresql import Database, Server
 from support.processes import Deployment, WriterProcess, resources_of
 from support.upstream import COMPLETION_TOKENS, PROMPT_TOKENS, TEXT, Upstream
 from support.waiting import wait_until
+from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 _CHAT = "/v1/chat/completions"
@@ -156,6 +157,34 @@ def test_a_realtime_session(gateway: Gateway, gateway_database: Database) -> Non
     said = [json.loads(line)["type"] for line in response["payload"].splitlines()]
     assert said == ["session.created", "response.create", "response.done"]
     assert TEXT in response["payload"]
+
+
+@pytest.mark.parametrize(
+    ("path", "code", "known"),
+    [("/v1/responses?model=ok", "1011", ("ok", "alias-1")), ("/v1/responses", "1008", (None, None))],
+    ids=["after LiteLLM has accepted it", "before"],
+)
+def test_a_session_that_litellm_breaks_off(
+    gateway: Gateway, gateway_database: Database, path: str, code: str, known: tuple[Any, ...]
+) -> None:
+    """Nobody else tells of it: no hook fires, as the provider speaks no WebSocket, or the first message is none."""
+    agent = f"broken off with {code}"
+    kind = "response.create" if code == "1011" else "nonsense"
+    headers = {"authorization": f"Bearer {USER_KEY}"}
+    url = gateway.url.replace("http", "ws") + path
+    with connect(url, additional_headers=headers, user_agent_header=agent) as session:
+        session.send(json.dumps({"type": kind, "model": "ok", "input": "hello"}))
+        with pytest.raises(ConnectionClosed):
+            [session.recv() for _ in range(3)]
+        assert str(session.close_code) == code
+    query = (
+        "SELECT q.model, key_alias, status, status_code, error_code, error_message "
+        "FROM requests q JOIN responses ON request_id = q.id WHERE user_agent = %s"
+    )
+    wait_until(lambda: gateway_database.query(query, agent), "the session is stored")
+    ((*found, reason),) = gateway_database.query(query, agent)
+    assert tuple(found) == (*known, "failure", 101, code)
+    assert reason
 
 
 def test_a_flood_of_bad_keys(gateway: Gateway, gateway_database: Database) -> None:

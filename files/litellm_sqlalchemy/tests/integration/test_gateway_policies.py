@@ -23,8 +23,8 @@ _CONTENT = ("payload", "payload_encoding", "payload_digest", "payload_truncated"
 _POLICY = {"content_mode": "redacted", "client_address": None, "user_agent": None}
 #: Calls of the key with the stricter policy, and those that have the strictest because nobody knows whose they are.
 _STRICTER = (
-    "opaque-key", "bad-key", "bad-opaque-key", "no-key", "bad-key-model-list", "bad-json", "no-object", "no-file",
-    "over-budget",
+    "opaque-key", "bad-key", "bad-opaque-key", "no-key", "bad-key-model-list", "bad-key-management", "bad-json",
+    "compressed-pass-through", "no-object", "no-file", "over-budget",
 )  # fmt: skip
 _CALLS = [case for case in CASES if case.name not in _OF_ONE_WORKER]
 

@@ -483,6 +483,14 @@ CASES = (
         {**_rejected(401, "ProxyException"), "model": None, "provider": None, "deployment": None},
     ),
     Case(
+        "bad-key-management", "unknown key at an endpoint that is no call, with a body (it is not kept)",
+        lambda c: c.post("/key/generate", {"note": c.prompt}, "sk-wrong"),
+        {**_NOBODY, "key_hash": digest("sk-wrong"), "endpoint": "/key/generate", "model": None,
+         "call_type": None, "payload": None, "payload_encoding": None, "payload_digest": of_the_request},
+        {**UNHEARD, "status_code": 401, "error_type": "ProxyException", "error_code": "401",
+         "error_message": "unknown key"},
+    ),
+    Case(
         "unknown-model", "unknown model", lambda c: c.chat("nonsense"), {"model": "nonsense"},
         {**UNKNOWN, "model": "nonsense", "status_code": 400, "error_type": "ProxyModelNotFoundError",
          "error_code": "400"},

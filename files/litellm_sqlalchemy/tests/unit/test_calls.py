@@ -399,8 +399,11 @@ def test_body(chunks: list[bytes]) -> None:
     for chunk in chunks:
         body.add(chunk)
     whole = b"".join(chunks)
+    digest = hashlib.sha256(whole).hexdigest() if whole else None
     assert (body.content(), body.size, body.truncated) == (whole[:3], len(whole), len(whole) > 3)
-    assert body.digest() == (hashlib.sha256(whole).hexdigest() if whole else None)
+    assert body.digest() == digest
+    body.forget()
+    assert (body.content(), body.size, body.digest()) == (b"", len(whole), digest)
 
 
 def test_a_key_is_never_stored(tmp_path: Path) -> None:
@@ -457,7 +460,7 @@ def test_text(value: object, kept: str | None) -> None:
 
 
 def exchange(
-    tmp_path: Path, application: Any, incoming: list[dict[str, Any]], kind: str = "http"
+    tmp_path: Path, application: Any, incoming: list[dict[str, Any]], kind: str = "http", wait: float = 0
 ) -> tuple[list[Any], FakeProducer]:
     """Take an exchange through the observer; return what went out, and the records."""
 
@@ -472,7 +475,8 @@ def exchange(
     async def scenario() -> None:
         scope = {"type": kind, "path": "/x", "headers": [], "client": ("192.0.2.1", 1)}
         scope |= {"method": "POST"} if kind == "http" else {}
-        await CallObserver(application, recorder)(scope, receive, send)
+        await CallObserver(application, recorder, "/x".__eq__)(scope, receive, send)
+        await asyncio.sleep(wait)
 
     recorder, producer = make_recorder(tmp_path)
     sent: list[Any] = []
@@ -502,6 +506,20 @@ def test_observer_changes_nothing(tmp_path: Path) -> None:
         {"type": "http.response.body", "body": b"ok"},
     ]
     assert producer.records[1][1]["status"] == "success"
+
+
+@pytest.mark.parametrize(("root", "endpoint"), [("", "/api/v1/x"), ("/api", "/v1/x"), ("/other", "/api/v1/x")])
+def test_the_endpoint_is_that_of_litellm(tmp_path: Path, root: str, endpoint: str) -> None:
+    """Whatever path the gateway has in front of its own (`SERVER_ROOT_PATH`)."""
+    recorder, producer = make_recorder(tmp_path)
+    scope = {"type": "http", "path": "/api/v1/x", "root_path": root, "method": "POST", "headers": [], "client": None}
+    incoming = iter([{"type": "http.request", "body": b"{}"}])
+
+    async def receive() -> dict[str, Any]:
+        return next(incoming)
+
+    asyncio.run(CallObserver(answering(), recorder)(scope, receive, lambda message: asyncio.sleep(0)))  # type: ignore[arg-type]
+    assert producer.records[0][1]["endpoint"] == endpoint
 
 
 def test_a_client_gone_before_the_answer(tmp_path: Path) -> None:
@@ -560,6 +578,64 @@ def test_a_websocket_session_that_is_refused(tmp_path: Path) -> None:
 
     _, producer = exchange(tmp_path, application, [], "websocket")
     assert (producer.records[1][1]["status"], producer.records[1][1]["status_code"]) == ("failure", 403)
+
+
+@pytest.mark.parametrize("is_told", [True, False], ids=["accepted", "of which no hook tells"])
+@pytest.mark.parametrize(
+    ("code", "gone", "status"),
+    [(1011, False, "failure"), (1008, False, "failure"), (1000, False, "success"), (1011, True, "success")],
+)
+def test_a_websocket_session_that_litellm_closes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, gone: bool, status: str, is_told: bool
+) -> None:
+    """An error ends it with a code of its own; what is closed after the client has gone is not LiteLLM's decision."""
+    monkeypatch.setattr("litellm_sqlalchemy.calls._LATE_HOOK", 0.01)
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        call = current_call.get()
+        assert call is not None
+        await send({"type": "websocket.accept"})
+        if is_told:
+            call.accept(None, {"model": "realtime"}, "_arealtime")
+            call.event = event_of(SUCCESS)
+        if gone:
+            await receive()
+        await send({"type": "websocket.close", "code": code, "reason": "no reason"})
+
+    incoming = [{"type": "websocket.disconnect", "code": 1006}]
+    _, producer = exchange(tmp_path, application, incoming if gone else [], "websocket", wait=0.05)
+    told = [(metadata["status"], metadata.get("error_code"), metadata.get("error_message"))
+            for kind, metadata, _ in producer.records if kind is Kind.RESPONSE]  # fmt: skip
+    if status == "failure":
+        assert told == [(status, str(code), "no reason")]
+    else:
+        assert told == ([(status, None, None)] if is_told else [])
+
+
+@pytest.mark.parametrize(("path", "kept"), [("/x", b'{"note":"word"}'), ("/key/generate", b"")])
+def test_nothing_is_kept_of_what_is_refused_where_no_calls_go(tmp_path: Path, path: str, kept: bytes) -> None:
+    """It may be a provider's key, or a password: what is known is that somebody had a wrong key."""
+    body = b'{"note":"word"}'
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        call = current_call.get()
+        assert call is not None
+        call.noticed = call.failed = True
+        call.describe(None, {}, None)
+        await send({"type": "http.response.start", "status": 401, "headers": []})
+        await send({"type": "http.response.body", "body": b"{}"})
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": body}
+
+    recorder, producer = make_recorder(tmp_path)
+    scope = {"type": "http", "path": path, "method": "POST", "headers": [], "client": None}
+    observer = CallObserver(application, recorder, "/x".__eq__)
+    asyncio.run(observer(scope, receive, lambda message: asyncio.sleep(0)))  # type: ignore[arg-type]
+    (_, metadata, payload), (_, response, _) = producer.records
+    assert (payload, metadata["payload_size"], response["status"]) == (kept, len(body), "failure")
+    assert metadata.get("payload_digest") == (None if kept else hashlib.sha256(body).hexdigest())
 
 
 @pytest.mark.parametrize(
