@@ -8,8 +8,8 @@ Nothing here waits for anything: the request record is appended to the spool whe
 response record after the last byte has gone out.
 """
 
-import contextlib
 import hashlib
+import re
 import time
 import zlib
 from asyncio import TimerHandle, get_running_loop
@@ -41,6 +41,15 @@ _LATE_HOOK = 0.1
 _UNTOLD = "agenerate_content"
 #: Forms without files, and how a body begins that is none: `curl -d` says of whatever it sends that it is such a form.
 _FORM, _JSON = b"application/x-www-form-urlencoded", (b"{", b"[")
+#: Of a form with files: separator, name of a part, how many parts are read (LiteLLM reads 1,000), and how much of
+#: what stands before the value of each.
+_BOUNDARY = re.compile(rb'boundary="?([^";,\s]+)', re.IGNORECASE)
+_NAME = re.compile(rb'[\s;]name="?([^";\r\n]*)', re.IGNORECASE)
+_IS_FILE = re.compile(rb"[\s;]filename\*?=", re.IGNORECASE)
+_MAX_PARTS, _PART_HEADERS = 1000, 1024
+#: Bodies that are files, forwarded as they are; but LiteLLM reads JSON whatever it is called.
+_FILES = (b"audio/", b"image/", b"video/", b"application/octet-stream")
+_GZIP = b"\x1f\x8b"
 #: What LiteLLM puts in the place of content where a client or its own setting asks for it.
 _LITELLM_REDACTED = b"redacted-by-litellm"
 #: Stand for what is not known, or not any more. A call lives until LiteLLM's objects that refer to it are collected:
@@ -325,20 +334,37 @@ class Call:
     def _request_payload(self) -> tuple[bytes, bool]:
         """Return the body, of a form its fields without the files; and whether it is only a beginning."""
         kind = self.content_type.lower()
+        content, truncated = self.request.content(), self.request.truncated
+        is_json = content.startswith(_JSON)
         if kind.startswith(b"multipart/"):
-            fields = {
-                name: value
-                for name, value in self._client_body().items()
-                if isinstance(value, str | int | float | bool) and name != "litellm_call_id"
-            }
-            content, truncated = orjson.dumps(fields), False
-        else:
-            content, truncated = self.request.content(), self.request.truncated
+            content, truncated = orjson.dumps(self._form_fields(content)), False
+        elif not is_json and kind.startswith(_FILES) and not content.lstrip().startswith(_JSON):
+            content = b""
+        elif not is_json and content.startswith(_GZIP):  # LiteLLM does not read it, but a secret in it has to show
+            content = self._unzipped(content)
         if self.rejected and len(content) > _REJECTED_SIZE:
             content, truncated = content[:_REJECTED_SIZE], True
-        if content and kind.startswith(_FORM) and not content.startswith(_JSON):
+        if content and not is_json and kind.startswith(_FORM):
             content, truncated = _fields(content[:_FORM_SIZE]), truncated or len(content) > _FORM_SIZE
         return content, truncated
+
+    def _form_fields(self, form: bytes) -> dict[str, Any]:
+        """Return the fields of a form with files; where not all can be read any more, those that LiteLLM has, too."""
+        fields = _fields_beside_files(form, self.content_type)
+        if self.request.truncated or not fields:
+            read = (self.data.get("proxy_server_request") or {}).get("body")
+            for name, value in (read if isinstance(read, dict) else {}).items():
+                if isinstance(value, str | int | float | bool) and name != "litellm_call_id":
+                    fields.setdefault(name, value)
+        return fields
+
+    def _unzipped(self, content: bytes) -> bytes:
+        """Return what is kept of a body that is compressed; one that is not, whatever its headers say, as it is."""
+        limit = self._recorder.content.max_payload_size + 1  # one more byte shows that there are more
+        try:
+            return zlib.decompressobj(wbits=31).decompress(content, limit)
+        except zlib.error:
+            return content
 
     def _response_payload(self) -> tuple[bytes, bool]:
         """Return the body, and whether it is only a beginning.
@@ -352,16 +378,30 @@ class Call:
                 return payload, False
         content = self.response.content()
         if self.content_encoding == b"gzip":
-            limit = self._recorder.content.max_payload_size + 1  # one more byte shows that there are more
-            with contextlib.suppress(zlib.error):  # what only says that it is gzip is kept as it is
-                content = zlib.decompressobj(wbits=31).decompress(content, limit)
+            content = self._unzipped(content)
         return content, self.response.truncated
 
 
 def _fields(form: bytes) -> bytes:
     """Return the fields of a form as JSON, where credentials show by their names; those that come again as lists."""
     fields = parse_qs(form.decode(errors="replace"), keep_blank_values=True)
-    return orjson.dumps({name: values if values[1:] else values[0] for name, values in fields.items()})
+    return orjson.dumps(_once(fields))
+
+
+def _fields_beside_files(form: bytes, content_type: bytes) -> dict[str, Any]:
+    """Return the fields of a form with files, without these; those that come again as lists."""
+    boundary = _BOUNDARY.search(content_type)
+    fields: dict[str, list[str]] = {}
+    for part in (b"\r\n" + form).split(b"\r\n--" + boundary[1], _MAX_PARTS)[1:-1] if boundary else ():
+        headers, _, value = part.partition(b"\r\n\r\n")
+        headers = headers[:_PART_HEADERS]
+        if (name := _NAME.search(headers)) and not _IS_FILE.search(headers):
+            fields.setdefault(name[1].decode(errors="replace"), []).append(value.decode(errors="replace"))
+    return _once(fields)
+
+
+def _once(fields: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    return {name: values if values[1:] else values[0] for name, values in fields.items()}
 
 
 def _metadata(data: Mapping[str, Any]) -> Mapping[str, Any]:

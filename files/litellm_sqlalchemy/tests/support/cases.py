@@ -5,6 +5,7 @@ A column that neither lists must be NULL. A value may be a rule: a function of t
 """
 
 import base64
+import gzip
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -200,6 +201,16 @@ def _limited(clients: Clients) -> None:
     clients.chat(key=LIMITED_KEY)
 
 
+def _upload(clients: Clients, path: str, **fields: str) -> None:
+    headers = clients._headers({"authorization": f"Bearer {USER_KEY}"})
+    clients.http.post(path, headers=headers, data=fields, files={"file": ("noise", AUDIO)})
+
+
+def _compressed(clients: Clients, path: str, body: Json) -> None:
+    headers = clients._headers({**clients._plain_headers(USER_KEY), "content-encoding": "gzip"})
+    clients.http.post(path, headers=headers, content=gzip.compress(json.dumps(body).encode()))
+
+
 _EMBEDDING = {**_NO_TOKENS, "prompt_tokens": PROMPT_TOKENS, "total_tokens": PROMPT_TOKENS,
               "cost": PROMPT_TOKENS * INPUT_COST, "provider_response_id": None, "finish_reason": None}  # fmt: skip
 # LiteLLM finds the price of the same model for some calls and not for others
@@ -211,6 +222,7 @@ _CLAUDE = {"model": "anthropic/ok", "provider": "anthropic", "deployment": "depl
 _PASSED = {**_NO_TOKENS, "model": "unknown", "provider": None, "deployment": None, "api_base": holds("/pass"),
            "provider_response_id": None, "finish_reason": None}  # fmt: skip
 _PASS_REQUEST = {"endpoint": "/pass", "call_type": "pass_through_endpoint", "model": None}
+_SPEECH = "/azure_speech/speech/recognition/conversation/cognitiveservices/v1"
 _MESSAGES_REQUEST = {"endpoint": "/v1/messages", "call_type": "anthropic_messages"}
 _RESPONSES_REQUEST = {"endpoint": "/v1/responses", "call_type": "aresponses"}
 _ATTRIBUTES = {"x-litellm-tags": "a,b", "x-litellm-session-id": "session-1"}
@@ -235,6 +247,18 @@ _READ: Json = {
     "model": "claude-3-haiku-20240307", "api_base": holds("/v1/"), "provider_response_id": holds("chatcmpl-"),
     "finish_reason": "stop", "prompt_tokens": PROMPT_TOKENS, "completion_tokens": COMPLETION_TOKENS,
     "total_tokens": PROMPT_TOKENS + COMPLETION_TOKENS, "cached_tokens": 0, "reasoning_tokens": 0,
+}  # fmt: skip
+
+
+def _fields(**fields: str) -> Json:
+    """Return what is kept of a form with a file."""
+    return {"payload": lambda value, clients: value == fields, "payload_digest": of_the_request}
+
+
+#: What LiteLLM tells of answers that it counts no tokens of.
+_UNCOUNTED: Json = {
+    **dict.fromkeys(_NO_TOKENS), "model": None, "provider": None, "deployment": None, "api_base": None,
+    "provider_response_id": None, "finish_reason": None,
 }  # fmt: skip
 
 
@@ -325,6 +349,13 @@ CASES = (
          "finish_reason": None},
     ),
     Case(
+        "image-edit", "image edit (the form's fields are kept, the files are not)",
+        lambda c: c.openai().images.edit(model="image", prompt=PROMPT_WORD, image=("noise.png", AUDIO)),
+        {**_to("/v1/images/edits", "aimage_edit", "image"), **_fields(model="image", prompt=PROMPT_WORD)},
+        {**_NO_TOKENS, "cached_tokens": 0, "deployment": "deployment-image", "provider_response_id": None,
+         "finish_reason": None},
+    ),
+    Case(
         "moderation", "moderation", lambda c: c.openai().moderations.create(model="moderation", input=c.prompt),
         _to("/v1/moderations", "moderation", "moderation"),
         {**_NO_TOKENS, "deployment": "deployment-moderation", "provider_response_id": "modr-1", "finish_reason": None},
@@ -346,6 +377,19 @@ CASES = (
          "payload": lambda value, clients: value == {"model": "transcription", "language": "en"},
          "payload_digest": of_the_request},
         {**_NO_TOKENS, "deployment": "deployment-transcription", "provider_response_id": None, "finish_reason": None},
+    ),
+    Case(
+        "file", "file (the form's fields are kept, the file is not)",
+        lambda c: c.openai().files.create(purpose="user_data", file=("noise", AUDIO)),
+        {**_to("/v1/files", "acreate_file", None), **_fields(purpose="user_data")},
+        {**_UNCOUNTED, **_NO_TOKENS, "provider_response_id": "file-1", "finish_reason": "processed"},
+    ),
+    Case(
+        "files", "list of files (LiteLLM tells little of answers that it counts no tokens of)",
+        lambda c: c.openai().files.list(),
+        {**_to("/v1/files", "alist_fine_tuning_jobs", None), "method": "GET", "payload": None,
+         "payload_encoding": None},
+        _UNCOUNTED,
     ),
     Case(
         "rerank", "rerank",
@@ -410,6 +454,18 @@ CASES = (
         "pass-through-stream", "pass-through, streamed (the stream itself is kept)",
         lambda c: c.post("/pass", {"note": c.prompt, "stream": True}), {**_PASS_REQUEST, **STREAM_REQUEST},
         {**_PASSED, **STREAM, "payload_encoding": "text", "payload": streamed("The ", "42.", "[DONE]")},
+    ),
+    Case(
+        "pass-through-form", "pass-through of a form (its fields are kept, the file is not)",
+        lambda c: _upload(c, "/pass", note=PROMPT_WORD), {**_PASS_REQUEST, **_fields(note=PROMPT_WORD)}, _PASSED,
+    ),
+    Case(
+        "pass-through-file", "pass-through of a file (it is not kept)",
+        lambda c: c.http.post(_SPEECH, headers=c._headers(
+            {"authorization": f"Bearer {USER_KEY}", "content-type": "audio/wav"}), content=AUDIO),
+        {**_PASS_REQUEST, "endpoint": _SPEECH, "payload": None, "payload_encoding": None,
+         "payload_digest": of_the_request},
+        {**_PASSED, "model": "azure_speech/short-audio", "provider": "azure_speech", "api_base": None},
     ),
     Case(
         "pass-through-anthropic", "pass-through to Anthropic, whose tokens LiteLLM reads",
@@ -500,6 +556,20 @@ CASES = (
         {"model": None, "payload_encoding": "text",
          "payload": lambda value, clients: value == "{no JSON"},
         {**UNKNOWN, "status_code": 400, "error_type": "ProxyException", "error_code": "400"},
+    ),
+    Case(
+        "compressed", "body that is compressed (LiteLLM reads none)",
+        lambda c: _compressed(c, "/v1/chat/completions", {"model": "ok", "note": c.prompt}),
+        {"model": None, "payload": lambda value, clients: value["model"] == "ok", "payload_digest": of_the_request},
+        {**UNKNOWN, "status_code": 400, "error_type": "ProxyMissingRequiredParamError", "error_code": "400"},
+    ),
+    Case(
+        "compressed-pass-through", "pass-through of a compressed body",
+        lambda c: _compressed(c, "/pass", {"note": c.prompt}),
+        {**_NOBODY, **_PASS_REQUEST, "key_hash": None, "call_type": None,
+         "payload": lambda value, clients: value == {"note": clients.prompt}, "payload_digest": of_the_request},
+        {**UNHEARD, "status_code": 500, "error_code": "500", "payload": None, "payload_encoding": None,
+         "payload_size": 0},
     ),
     Case(
         "no-object", "body that is no JSON object", lambda c: c.post("/v1/chat/completions", b"[]"),

@@ -95,6 +95,9 @@ def configuration(provider: Upstream, *, with_log: bool, health_checks: bool) ->
             },
             "fallbacks": [{"backed-up": ["ok"]}, {"backed-up-badly": ["error-500"]}],
         },
+        "files_settings": [
+            {"custom_llm_provider": "openai", "api_base": f"{upstream}/v1", "api_key": PROVIDER_KEY},
+        ],
         "general_settings": {
             "master_key": "os.environ/LITELLM_MASTER_KEY",
             "custom_auth": "support.gateway_hooks.authenticate",
@@ -141,6 +144,8 @@ class Gateway:
             "NO_PROXY": "127.0.0.1",
             "ANTHROPIC_API_BASE": self.upstream.url,  # of the pass-through endpoints that LiteLLM brings
             "ANTHROPIC_API_KEY": PROVIDER_KEY,
+            "AZURE_SPEECH_API_BASE": self.upstream.url,
+            "AZURE_SPEECH_API_KEY": PROVIDER_KEY,
             "OPENAI_API_BASE": self.upstream.url,
             "OPENAI_API_KEY": PROVIDER_KEY,
             "TEST_SESSIONS": self.upstream.realtime_url.replace("http", "ws"),

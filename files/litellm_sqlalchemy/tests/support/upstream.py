@@ -132,7 +132,10 @@ class _Handler(BaseHTTPRequestHandler):
     do_GET = do_POST  # noqa: N815 - the name that http.server calls
 
     def _parsed(self, body: bytes) -> Json:
-        if (self.headers.get("Content-Type") or "").startswith("multipart/"):
+        kind = self.headers.get("Content-Type") or ""
+        if kind.startswith("audio/"):
+            return {}
+        if kind.startswith("multipart/"):
             return {"model": body.partition(b'name="model"\r\n\r\n')[2].partition(b"\r\n")[0].decode()}
         return dict(json.loads(body or b"{}"))
 
@@ -356,6 +359,37 @@ def _message_stream() -> list[Json]:
     ]  # fmt: skip
 
 
+def _generated(text: str, usage: Json | None = None) -> Json:
+    candidate = {"content": {"role": "model", "parts": [{"text": text}]}, "index": 0, "finishReason": "STOP"}
+    return {"responseId": "gemini-1", "modelVersion": "ok", "candidates": [candidate], "usageMetadata": usage or {}}
+
+
+_GENERATED_USAGE = {
+    "promptTokenCount": PROMPT_TOKENS, "candidatesTokenCount": COMPLETION_TOKENS,
+    "totalTokenCount": PROMPT_TOKENS + COMPLETION_TOKENS,
+}  # fmt: skip
+
+
+def _generate(_: Json) -> Json:
+    return _generated(TEXT, _GENERATED_USAGE)
+
+
+def _generate_stream() -> list[Json]:
+    return [_generated(word, _GENERATED_USAGE if word == WORDS[-1] else None) for word in WORDS]
+
+
+_FILE = {"id": "file-1", "object": "file", "bytes": 9, "created_at": 1, "filename": "a", "purpose": "batch",
+         "status": "processed"}  # fmt: skip
+
+
+def _file(request: Json) -> Json:
+    return _FILE if request else {"object": "list", "data": [_FILE], "has_more": False}
+
+
+def _deleted(_: Json) -> Json:
+    return {"id": "resp_1", "object": "response", "deleted": True}
+
+
 def _passed_through(request: Json) -> Json:
     return {"echo": request, "note": TEXT}
 
@@ -375,6 +409,10 @@ _ANSWERS: dict[str, Callable[[Json], Any]] = {
     "/v1/rerank": _rerank,
     "/v1/responses": _response,
     "/v1/messages": _message,
+    "/v1/images/edits": _image,
+    "/v1/files": _file,
+    "/v1/responses/resp_1": _deleted,
+    "/models/ok:generateContent": _generate,
 }
 _STREAMS: dict[str, Callable[[], list[Json]]] = {
     "/v1/chat/completions": _chat_stream,

@@ -63,6 +63,14 @@ def make_call(recorder: Recorder, request: bytes = b'{"model":"m"}', response: b
     return call
 
 
+def form(*parts: tuple[str, str], boundary: str = "x") -> bytes:
+    """Return a form with files (multipart/form-data) of parts' headers and values."""
+    head = f"--{boundary}\r\nContent-Disposition: form-data; "
+    return "".join(f"{head}{headers}\r\n\r\n{value}\r\n" for headers, value in parts).encode() + (
+        f"--{boundary}--\r\n".encode()
+    )
+
+
 def end(call: Call) -> None:
     """End the exchange."""
     call.ended_at = call.started + 0.25
@@ -379,6 +387,23 @@ def test_a_compressed_answer_is_readable(tmp_path: Path) -> None:
     call.event = event_of(SUCCESS)
     end(call)
     assert producer.records[1][2] == b'{"answer":1}'
+
+
+@pytest.mark.parametrize(
+    ("body", "kept"),
+    [
+        (gzip.compress(b'{"api_key":"hunter2"}'), b'{"api_key":"[redacted]"}'),
+        (gzip.compress(b"q" * 5000), b"q" * 1000),
+        (b"\x1f\x8bnone", b"\x1f\x8bnone"),
+    ],
+    ids=["a secret", "above the limit", "not compressed"],
+)
+def test_a_compressed_request_is_readable(tmp_path: Path, body: bytes, kept: bytes) -> None:
+    """LiteLLM reads none, but a secret in it has to show."""
+    recorder, producer = make_recorder(tmp_path, max_payload_size=1000)
+    call = make_call(recorder, body)
+    call.accept(None, {}, None)
+    assert producer.records[0][2] == kept
 
 
 def test_sizes_above_the_limit(tmp_path: Path) -> None:
@@ -753,17 +778,92 @@ def test_what_is_not_kept_of_a_form_is_not_searched(tmp_path: Path) -> None:
     """A form with files may have a hundred fields of a megabyte, each full of what looks like secrets."""
     recorder, producer = make_recorder(tmp_path)
 
-    def seconds(fields: int) -> float:
-        call = make_call(recorder)
+    def seconds(count: int) -> float:
+        fields = {f"field-{number}": "://a:b@c " * 100_000 for number in range(count)}
+        call = make_call(recorder, form(*((f'name="{name}"', value) for name, value in fields.items())))
         call.content_type = b"multipart/form-data; boundary=x"
         started = time.thread_time()
-        call.accept(None, {f"field-{number}": "://a:b@c " * 100_000 for number in range(fields)}, None)
+        call.accept(None, {"proxy_server_request": {"body": fields}}, None)
         return time.thread_time() - started
 
     one = seconds(1)
     assert seconds(30) < 10 * one
     assert b"[redacted]" in producer.records[0][2]
     assert producer.records[1][1]["payload_truncated"]
+
+
+@pytest.mark.parametrize(
+    ("parts", "kept"),
+    [
+        ([('name="model"', "m"), ('name="file"; filename="a.wav"', "\0\r\nnoise"), ('name="note"', "a\r\n--xy")],
+         {"model": "m", "note": "a\r\n--xy"}),
+        ([('name="list"', "1"), ('name="list"', "2"), ('name="empty"', "")], {"list": ["1", "2"], "empty": ""}),
+        ([("name=bare", "1"), ('NAME="upper"', "2"), ('name="file"; filename*=utf-8\'\'a', "3")],
+         {"bare": "1", "upper": "2"}),
+        ([('name="password"', "hunter2")], {"password": "[redacted]"}),
+        ([('name="cut', "off")], {"cut": "off"}),
+        ([('name="filename"', "a")], {"filename": "a"}),
+        ([("no=name", "a"), ("x" * 2000 + '; name="far"', "a"), ('name="near"', "b")], {"near": "b"}),
+    ],
+)  # fmt: skip
+def test_the_fields_of_a_form_with_files(tmp_path: Path, parts: Any, kept: dict[str, Any]) -> None:
+    """As the client has sent them: LiteLLM does not read those of each form, and adds to others."""
+    recorder, producer = make_recorder(tmp_path)
+    body = form(*parts, boundary="x:y")
+    call = make_call(recorder, body)
+    call.content_type = b'Multipart/Form-Data; Boundary="x:y"; charset=utf-8'
+    call.accept(None, {"model": "of LiteLLM", "proxy_server_request": {"body": {"provider": "of LiteLLM"}}}, None)
+    _, metadata, payload = producer.records[0]
+    assert orjson.loads(payload) == kept
+    assert metadata["payload_digest"] == hashlib.sha256(body).hexdigest()
+
+
+@pytest.mark.parametrize("kind", [b"multipart/form-data", b"multipart/form-data; boundary=other"])
+def test_a_form_whose_parts_nobody_finds(tmp_path: Path, kind: bytes) -> None:
+    recorder, producer = make_recorder(tmp_path)
+    call = make_call(recorder, form(('name="note"', "a")))
+    call.content_type = kind
+    call.accept(None, {"proxy_server_request": {"body": {"note": "as LiteLLM reads it"}}}, None)
+    assert producer.records[0][2] == b'{"note":"as LiteLLM reads it"}'
+
+
+def test_of_a_form_that_is_not_kept_whole_litellm_knows_the_rest(tmp_path: Path) -> None:
+    recorder, producer = make_recorder(tmp_path, max_payload_size=1000)
+    call = make_call(
+        recorder, form(('name="first"', "1"), ('name="file"; filename="a"', "x" * 2000), ('name="n"', "2"))
+    )
+    call.content_type = b"multipart/form-data; boundary=x"
+    read = {"first": "read", "n": "2", "file": object(), "litellm_call_id": "of LiteLLM"}
+    call.accept(None, {"proxy_server_request": {"body": read}}, None)
+    assert orjson.loads(producer.records[0][2]) == {"first": "1", "n": "2"}
+
+
+def test_of_many_parts_the_first_are_read(tmp_path: Path) -> None:
+    recorder, producer = make_recorder(tmp_path)
+    call = make_call(recorder, form(*((f'name="{number}"', "") for number in range(5000))))
+    call.content_type = b"multipart/form-data; boundary=x"
+    call.accept(None, {}, None)
+    assert len(orjson.loads(producer.records[0][2])) == 999
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "kept"),
+    [
+        (b"audio/wav", b"RIFF\0noise", b""),
+        (b"Application/Octet-Stream", b"noise", b""),
+        (b"audio/wav", b' {"messages":[]}', b' {"messages":[]}'),
+        (b"text/plain", b"words", b"words"),
+    ],
+)
+def test_a_body_that_is_a_file_is_not_kept(tmp_path: Path, kind: bytes, body: bytes, kept: bytes) -> None:
+    """LiteLLM takes JSON for what it is, whatever its type says: nobody keeps a call out of the log by that."""
+    recorder, producer = make_recorder(tmp_path)
+    call = make_call(recorder, body)
+    call.content_type = kind
+    call.accept(None, {}, None)
+    _, metadata, payload = producer.records[0]
+    assert (payload, metadata["payload_size"]) == (kept, len(body))
+    assert metadata.get("payload_digest") == (None if kept else hashlib.sha256(body).hexdigest())
 
 
 @pytest.mark.parametrize("mark", ["?token=word&q=word", "#word", "?#word"])
@@ -776,10 +876,11 @@ def test_no_query_string_is_kept(mark: str) -> None:
 @pytest.mark.parametrize("kind", ["multipart/form-data; boundary=x", "application/x-www-form-urlencoded"])
 def test_a_rejected_form_is_cut(tmp_path: Path, kind: str) -> None:
     recorder, producer = make_recorder(tmp_path)
-    body = b"note=" + b"x" * 50_000
+    note = "x" * 50_000
+    body = form(('name="note"', note)) if kind.startswith("multipart") else f"note={note}".encode()
     call = make_call(recorder, body)
     call.content_type = kind.encode()
-    call.describe(None, {"note": "x" * 50_000}, None)
+    call.describe(None, {"note": note}, None)
     call.noticed = call.failed = True
     end(call)
     _, metadata, payload = producer.records[0]
