@@ -80,7 +80,7 @@ class RequestLogger(CustomLogger):
         self, kwargs: dict[str, Any], response_obj: Any, start_time: Any, end_time: Any
     ) -> None:
         """LiteLLM has an answer, whole."""
-        self._take_event(kwargs)
+        self._take_event(kwargs.get("standard_logging_object") or _payload_of(kwargs))
         await self.recorder.producer.synced()
 
     @_guarded
@@ -88,7 +88,7 @@ class RequestLogger(CustomLogger):
         self, kwargs: dict[str, Any], response_obj: Any, start_time: Any, end_time: Any
     ) -> None:
         """An attempt, or the call before any attempt, has failed; awaited inside the request."""
-        self._take_event(kwargs)
+        self._take_event(kwargs.get("standard_logging_object"))
 
     @_guarded
     async def async_post_call_failure_hook(
@@ -128,8 +128,7 @@ class RequestLogger(CustomLogger):
         if call is not None and call.accepted and not call.is_foreign(text(request_data.get("litellm_call_id"))):
             call.take_answer(response, call_type)
 
-    def _take_event(self, kwargs: dict[str, Any]) -> None:
-        payload = kwargs.get("standard_logging_object")
+    def _take_event(self, payload: dict[str, Any] | None) -> None:
         if not payload:
             return
         call = current_call.get()
@@ -171,6 +170,24 @@ class RequestLogger(CustomLogger):
         call.accept(None, {"model": payload.get("model")}, payload.get("call_type"))
         call.event = event
         call.finish()
+
+
+def _payload_of(kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """Return what LiteLLM tells of an answer that it counts no tokens of: a list, a file, something that is deleted.
+
+    None where the answer is not the one that the client waits for.
+    """
+    call = current_call.get()
+    call_type = kwargs.get("call_type")
+    if call is None or not call.accepted or call_type != call.caller.get("call_type"):
+        return None
+    parameters = kwargs.get("litellm_params") or {}
+    provider = kwargs.get("custom_llm_provider") or parameters.get("custom_llm_provider")
+    told = {name: kwargs.get(name) for name in ("litellm_call_id", "model", "response_cost")}
+    return {
+        **told, "status": "success", "call_type": call_type, "custom_llm_provider": provider,
+        "api_base": parameters.get("api_base"),
+    }  # fmt: skip
 
 
 def _caller_of(payload: dict[str, Any]) -> SimpleNamespace:

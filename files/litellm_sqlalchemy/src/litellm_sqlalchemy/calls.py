@@ -318,13 +318,14 @@ class Call:
     def _last_attempt(self) -> int:
         """Return 1 where a provider has answered, however far: that attempt is not among the failed ones.
 
-        Of a call to several models each answer is one.
+        Of a call to several models each answer is one. An error that comes as a stream's first event is an answer, too.
         """
         if len(self.answers) > 1:
             return len(self.answers)
         if self.event.get("status") == "success":
             return 0 if self.event["columns"]["cache_hit"] else 1
-        return int(self.answer is not None or (self.streamed and self.status_code == 200))
+        asked = not self.attempts and self.event.get("columns", _NOTHING).get("api_base") is not None
+        return int(asked or self.answer is not None or (self.streamed and self.status_code == 200))
 
     def _client_body(self) -> Mapping[str, Any]:
         """Return the request's data as the client sent it, before LiteLLM adds to it."""

@@ -206,6 +206,11 @@ def _upload(clients: Clients, path: str, **fields: str) -> None:
     clients.http.post(path, headers=headers, data=fields, files={"file": ("noise", AUDIO)})
 
 
+def _delete_response(clients: Clients) -> None:
+    answer = clients.before().openai().responses.create(model="ok", input=clients.prompt)
+    clients.openai().responses.delete(answer.id)
+
+
 def _compressed(clients: Clients, path: str, body: Json) -> None:
     headers = clients._headers({**clients._plain_headers(USER_KEY), "content-encoding": "gzip"})
     clients.http.post(path, headers=headers, content=gzip.compress(json.dumps(body).encode()))
@@ -272,6 +277,9 @@ def _generated(path: str) -> Json:
     return _to(f"/v1beta/models/{path}", "agenerate_content", path.partition(":")[0])
 
 
+_GEMINI = {"model": "gemini/ok", "provider": "gemini", "deployment": "deployment-gemini",
+           "api_base": holds("/models/ok:"), "provider_response_id": anything, "cached_tokens": anything,
+           "reasoning_tokens": anything}  # fmt: skip
 #: LiteLLM tells only of the chat call that it makes of it, without the deployment.
 _BRIDGED = {"model": "ok", "deployment": None}
 
@@ -408,6 +416,11 @@ CASES = (
         {**_RESPONSES_REQUEST, **STREAM_REQUEST}, {**_RESPONSES, **STREAM},
     ),
     Case(
+        "responses-delete", "responses, one is deleted", _delete_response,
+        {**_to(anything, "adelete_responses", None), "method": "DELETE", "payload": None, "payload_encoding": None},
+        {**_UNCOUNTED, "provider": "openai", "api_base": holds("/v1/responses")},
+    ),
+    Case(
         "messages", "messages (Anthropic)", lambda c: _messages(c, "claude"), {**_MESSAGES_REQUEST, "model": "claude"},
         _CLAUDE,
     ),
@@ -433,6 +446,16 @@ CASES = (
         {"model": "ok,flaky"},
         {**_times(2), "model": holds("openai/"), "deployment": holds("deployment-"), "attempt_count": 3,
          "attempts": attempts(("deployment-flaky", "InternalServerError"))},
+    ),
+    Case("alias", "an alias of a model", lambda c: c.chat("alias"), {"model": "alias"}),
+    Case(
+        "gemini", "generateContent (Gemini)", lambda c: _generate(c, "gemini:generateContent"),
+        _generated("gemini:generateContent"), _GEMINI,
+    ),
+    Case(
+        "gemini-stream", "generateContent (Gemini), streamed", lambda c: _generate(c, "gemini:streamGenerateContent"),
+        {**_generated("gemini:streamGenerateContent"), "call_type": "agenerate_content_stream", **STREAM_REQUEST},
+        {**_GEMINI, **STREAM},
     ),
     Case(
         "generate-content", "generateContent to an OpenAI model", lambda c: _generate(c, "ok:generateContent"),
@@ -639,6 +662,11 @@ CASES = (
     Case(
         "provider-500-stream", "provider answers 500 to a streamed call", lambda c: c.chat("error-500", stream=True),
         {"model": "error-500", **STREAM_REQUEST}, _failed(500, "InternalServerError", "error-500"),
+    ),
+    Case(
+        "stream-error-first", "provider answers a streamed call with an error as its first event",
+        lambda c: c.chat("overloaded", stream=True), {"model": "overloaded", **STREAM_REQUEST},
+        _failed(500, "APIConnectionError", "overloaded", attempts=None),
     ),
     Case(
         "messages-500", "provider answers 500 to messages", lambda c: _messages(c, "claude-failing"),

@@ -23,7 +23,7 @@ _START_LIMIT = 240
 
 
 def _model(name: str, upstream: str, provider: str = "openai", served: str = "", **parameters: Any) -> dict[str, Any]:
-    base = upstream if provider == "anthropic" else f"{upstream}/v1"
+    base = upstream if provider in ("anthropic", "gemini") else f"{upstream}/v1"
     if provider == "jina_ai":
         base = f"{upstream}/v1/rerank"
     return {
@@ -45,7 +45,9 @@ def configuration(provider: Upstream, *, with_log: bool, health_checks: bool) ->
     """Return LiteLLM's configuration: a model for each behaviour of the provider; one is checked in the background."""
     upstream = provider.url
     mode = {"transcription": "audio_transcription", "speech": "audio_speech", "image": "image_generation"}
-    plain = ("ok", "embedding", "image", "moderation", "speech", "transcription", "held", "dying", "malformed")
+    plain = (
+        "ok", "embedding", "image", "moderation", "speech", "transcription", "held", "dying", "malformed", "overloaded"
+    )  # fmt: skip
     models = [
         _model(name, upstream, served="ok" if name in (*mode, "embedding", "moderation") else "") for name in plain
     ]
@@ -61,6 +63,7 @@ def configuration(provider: Upstream, *, with_log: bool, health_checks: bool) ->
         _model("claude", upstream, "anthropic", served="ok"),
         _model("claude-held", upstream, "anthropic", served="held"),
         _model("claude-failing", upstream, "anthropic", served="error-500"),
+        _model("gemini", upstream, "gemini", served="ok"),
         _model("realtime", provider.realtime_url, served="gpt-realtime"),
     ]
     log = ["litellm_sqlalchemy.callback.logger", "support.gateway_faults.twice"] if with_log else []
@@ -93,6 +96,7 @@ def configuration(provider: Upstream, *, with_log: bool, health_checks: bool) ->
                 "flaky": {"InternalServerErrorRetries": 2},
                 "hopeless": {"InternalServerErrorRetries": 2},
             },
+            "model_group_alias": {"alias": "ok"},
             "fallbacks": [{"backed-up": ["ok"]}, {"backed-up-badly": ["error-500"]}],
         },
         "files_settings": [

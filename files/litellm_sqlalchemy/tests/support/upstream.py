@@ -125,11 +125,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.upstream.received.append(Received(path, dict(self.headers), body))
         request = self._parsed(body)
         answer = _ANSWERS.get(path, _passed_through)
-        stream = _STREAMS.get(path, _passed_through_stream) if request.get("stream") else None
+        is_stream = request.get("stream") or path.endswith(":streamGenerateContent")
+        stream = _STREAMS.get(path, _passed_through_stream) if is_stream else None
         if not self._misbehave(str(request.get("model", "ok")), body, stream):
             self._complete(answer, stream, request)
 
-    do_GET = do_POST  # noqa: N815 - the name that http.server calls
+    do_GET = do_DELETE = do_POST  # noqa: N815 - the names that http.server calls
 
     def _parsed(self, body: bytes) -> Json:
         kind = self.headers.get("Content-Type") or ""
@@ -152,6 +153,10 @@ class _Handler(BaseHTTPRequestHandler):
         elif model == "held" and not stream:
             self.upstream.hold(self.connection)
             return False
+        elif stream and model == "overloaded":
+            self._begin_stream()
+            self._send_event({"error": {"message": "the provider says overloaded", "type": "error_529"}})
+            self._send_chunk(b"")
         elif stream and model in ("held", "dying", "malformed"):
             self._begin_stream()
             for event in stream()[:3]:
@@ -419,4 +424,5 @@ _STREAMS: dict[str, Callable[[], list[Json]]] = {
     "/v1/completions": _completion_stream,
     "/v1/responses": _response_stream,
     "/v1/messages": _message_stream,
+    "/models/ok:streamGenerateContent": _generate_stream,
 }
