@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from uuid import UUID
 
 import pytest
 import yaml
@@ -90,7 +91,7 @@ def test_no_database(red: Red) -> None:
     """What stays green asks no database."""
     names = "reachable", "tls", "verify_full", "plaintext_refused", "scram", "certificate", "version", "checksums"
     privileges = {f"privileges.{name}" for name in ("exact", "writer_denied", "reader_denied")}
-    database = {f"database.{name}" for name in names} | privileges | {"schema.head", "pool.reuse"}
+    database = {f"database.{name}" for name in names} | privileges | {"schema.head", "calls.retention", "pool.reuse"}
     assert red(database={"port": 5433}).keys() == database | GATEWAYS
 
 
@@ -125,6 +126,24 @@ def test_a_loose_database_of_another_schema(red: Red, run: Run, psql: Psql, acti
         "privileges.reader_denied",
     }
     assert "TLSv1.2" in seen["database.tls"]
+
+
+def test_calls_that_are_too_old(red: Red, run: Run, psql: Psql) -> None:
+    """Their service removes them, and nothing that is younger; its timer is on."""
+    for call_id, age in {"kept": 29, "old": 40}.items():
+        at = datetime.now(UTC) - timedelta(days=age)
+        first = UUID(int=int(at.timestamp() * 1000) << 80 | 7 << 76 | 0b10 << 62)
+        new = {"id": str(first), "call_id": call_id, "created_at": at.isoformat()}
+        psql(f"INSERT INTO requests SELECT (jsonb_populate_record(r, '{json.dumps(new)}')).* FROM requests r LIMIT 1")
+    seen = red()
+    assert seen.keys() == {"calls.retention"}
+    assert "30 days are kept" in seen["calls.retention"]
+    assert run("systemctl", "is-enabled", "litellm-log-prune.timer").split() == ["enabled"]
+    assert run("systemctl", "is-active", "litellm-log-prune.timer").split() == ["active"]
+    run("systemctl", "start", "litellm-log-prune.service")
+    mine = "DELETE FROM requests WHERE call_id IN ('kept', 'old') RETURNING call_id"
+    assert psql(f"WITH mine AS ({mine}) SELECT * FROM mine") == [["kept"]]
+    assert red() == {}
 
 
 def test_certificates_that_end_soon(red: Red, run: Run, secrets: dict[str, Any], active: dict[str, str]) -> None:

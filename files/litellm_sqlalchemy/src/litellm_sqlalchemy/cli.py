@@ -19,7 +19,7 @@ import yaml
 from litellm_sqlalchemy import __version__, validate
 from litellm_sqlalchemy.dead_letters import read_letters, requeue
 from litellm_sqlalchemy.erase import erase
-from litellm_sqlalchemy.errors import ExitCode, LogError
+from litellm_sqlalchemy.errors import ExitCode, LogError, UsageError
 from litellm_sqlalchemy.migrate import migrate
 from litellm_sqlalchemy.prune import prune
 from litellm_sqlalchemy.replay import replay
@@ -115,7 +115,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     erasing.add_argument("--dry-run", action="store_true", help="only count")
     pruning = add("prune", _prune, "Remove calls by age; `usage` keeps their sums.")
-    pruning.add_argument("--before", type=moment, required=True, metavar="TIME", help="90d (whole days) or ISO time")
+    pruning.add_argument(
+        "--before", type=moment, metavar="TIME", help="90d (whole days) or ISO time; default: content.retention_days"
+    )
     pruning.add_argument("--dry-run", action="store_true", help="only count")
     add("settings", _settings, "Print the settings in force.")
     add_verbs(add)
@@ -208,12 +210,16 @@ def _erase(settings: Settings, options: argparse.Namespace) -> int:
 
 
 def _prune(settings: Settings, options: argparse.Namespace) -> int:
-    calls = prune(settings, options.before, dry_run=options.dry_run)
+    before, days = options.before, settings.content.retention_days
+    if before is None and days is None:
+        raise UsageError("nothing says which calls are old: name --before, or set `content.retention_days`")
+    before = before or moment(f"{days}d")
+    calls = prune(settings, before, dry_run=options.dry_run)
     if options.json:
-        _print({"before": options.before.isoformat(), "calls": calls})
+        _print({"before": before.isoformat(), "calls": calls})
     else:
         verb = "would remove" if options.dry_run else "removed"
-        print(f"{verb} the rows of {calls} calls from before {options.before.isoformat(timespec='seconds')}")
+        print(f"{verb} the rows of {calls} calls from before {before.isoformat(timespec='seconds')}")
     return ExitCode.OK
 
 

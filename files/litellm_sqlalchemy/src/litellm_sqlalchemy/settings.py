@@ -141,7 +141,7 @@ class PolicySettings(_Section):
 
 
 class ContentSettings(_Section):
-    """What is kept of a call."""
+    """What is kept of a call, and how long."""
 
     mode: Mode = "full"
     policies: PolicySettings = PolicySettings()
@@ -151,6 +151,7 @@ class ContentSettings(_Section):
     headers: list[Annotated[str, StringConstraints(to_lower=True), AfterValidator(_no_credential)]] = []
     rejected_rate: Positive = 10
     event_timeout: Positive = 60
+    retention_days: Annotated[int, Field(ge=2, le=36_500)] | None = None
 
 
 class LoggingSettings(_Section):

@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,8 @@ MINIMUM_SERVER_VERSION = 170011
 CERTIFICATE_DAYS = 14
 #: Days before the authority's end at which the check fails: certificates that it signs cannot be valid for longer.
 AUTHORITY_DAYS = 30
+#: Days that a call may stay beyond its retention: what removes it runs once a day, and may fail once.
+OVERDUE_DAYS = 2
 #: Seconds until a call made through the gateway has to be in the tables.
 STORED_WITHIN = 5.0
 _SSL_REQUEST = struct.pack(">ii", 8, 80877103)  # PostgreSQL protocol 3.0, message SSLRequest
@@ -120,6 +122,7 @@ class Validation:
             ("schema.head", self._schema),
             ("privileges.exact", self._privileges),
             *((f"privileges.{name}_denied", lambda name=name: self._denied(name)) for name in _DENIED),
+            *([("calls.retention", self._retention)] if self._settings.content.retention_days else []),
             ("pool.reuse", self._pool),
             ("spool.writable", self._spool_writable),
             ("writer.running", self._writer_running),
@@ -335,6 +338,16 @@ class Validation:
                     connection.rollback()
                 raise CheckFailed(f"{login} may run {statement!r}", "litellm-sqlalchemy migrate")
         return f"{login} is denied {len(_DENIED[login])} of {len(_DENIED[login])} statements (SQLSTATE 42501)"
+
+    def _retention(self) -> str:
+        days = self._settings.content.retention_days or 0
+        with self._connect() as connection:
+            oldest = connection.scalar(select(Request.created_at).order_by(Request.id).limit(1))
+        if oldest and datetime.now(UTC) - oldest > timedelta(days=days + OVERDUE_DAYS):
+            raise CheckFailed(
+                f"there are calls of {oldest:%Y-%m-%d}, and {days} days are kept", "systemctl status litellm-log-prune"
+            )
+        return f"no call is older than the {days} days that are kept"
 
     def _pool(self) -> str:
         rounds = 20

@@ -75,6 +75,24 @@ def test_the_verb(filled: Deployment, database: Database) -> None:
     assert _left(database) == list(range(30))
 
 
+def test_the_retention_of_the_settings(filled: Deployment, database: Database) -> None:
+    """`prune` keeps to it by itself, and `validate` sees that nobody does."""
+
+    def overdue() -> list[str]:
+        checks = json.loads(filled.run("validate", "--json").stdout)["checks"]
+        return [check["seen"] for check in checks if check["id"] == "calls.retention" and not check["ok"]]
+
+    done = filled.run("prune")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "set `content.retention_days`" in done.stderr
+    filled.update(content={"retention_days": 31})
+    (seen,) = overdue()
+    assert seen == f"there are calls of {_NOW - timedelta(days=40):%Y-%m-%d}, and 31 days are kept"
+    assert json.loads(filled.run("prune", "--json").stdout)["calls"] == 10
+    assert _left(database) == list(range(30))
+    assert overdue() == []
+
+
 @pytest.mark.parametrize("moment", ["1h", "1d", "2999-01-01", "soon"])
 def test_calls_that_may_still_run_are_not_removed(filled: Deployment, database: Database, moment: str) -> None:
     done = filled.run("prune", "--before", moment)
