@@ -192,7 +192,13 @@ def test_values_that_were_edited_rotate_by_running_the_site_again_and_a_release_
     second = releases()
     assert len(set(second)) == 1
     assert first != second
+    settings = "/etc/litellm-sqlalchemy/settings.yml"
     with phase("rollback-litellm.yml", 0):
+        in_host("sed", "--in-place", "$ a later: {}", settings)
+        refusal = run("playbooks/rollback-litellm.yml", succeeds=False)
+        in_host("sed", "--in-place", "/^later:/ d", settings)
+        assert f"settings file {settings}: unknown key `later`" in refusal
+        assert releases() == second
         run("playbooks/rollback-litellm.yml")
     assert releases() == first
 
