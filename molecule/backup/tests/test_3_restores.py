@@ -96,6 +96,7 @@ def test_a_lost_database_comes_back_and_the_spools_bring_what_its_recovery_point
         assert "promotion did not come to its end" in db.try_run(f"postgresql-backup {verb}").stderr
     assert "Put it into its place" in str(changes(runbook.run("promote-restored")))
     assert changes(runbook.run("site.yml")) == []
+    assert changes(controller(play("litellm.yml"))) == []  # alone: no other play has asked the database's host
     lost = calls - stored(db)
     assert lost
     print(len(lost), "lost:", runbook.run("replay", on=gateway, values=(point,)))
