@@ -1,20 +1,28 @@
 """Each check finds what it is for, says nothing otherwise, and shows no secret."""
 
 import datetime
+import re
+import shutil
+import subprocess
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import preflight_checks
 import preflight_facts
 import pytest
+import yaml
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
-from preflight_checks import Host, Run, services
+from preflight_checks import Host, Run, gather, network, services
 
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = str(ROOT / "files/litellm_sqlalchemy")
 GIB = 1024**3
 STRONG = "MV1BbOK1BI2OWquLLeaSQE8mm6XZsRY53hdU6SHkJ5rhbIy"
 SPECS = {
@@ -30,12 +38,30 @@ SPECS = {
         "litellm_instances": {"type": "int", "default": 2},
         "litellm_models": {"type": "list", "elements": "dict", "required": True},
         "litellm_provider_keys": {"type": "dict", "no_log": True},
+        "litellm_environment": {"type": "dict", "default": {}},
+        "litellm_router_settings": {"type": "dict", "default": {}},
     },
-    "litellm_logger": {"litellm_logger_database_host": {"type": "str", "required": True}},
+    "litellm_logger": {
+        "litellm_logger_database_host": {"type": "str", "required": True},
+        "litellm_logger_settings": {"type": "dict", "default": {}},
+        "litellm_logger_validation_model": {"type": "str", "default": ""},
+    },
+    "firewall": {"firewall_rules": {"type": "list", "elements": "dict"}, "firewall_enabled": {"type": "bool"}},
     "postgresql_backup": {
+        "postgresql_backup_schedules": {"type": "dict"},
+        "postgresql_backup_limits": {"type": "dict"},
+        "postgresql_backup_retention": {"type": "dict"},
+        "postgresql_backup_recovery_window_days": {"type": "int"},
+        "postgresql_backup_archive_timeout": {"type": "int"},
+        "postgresql_backup_dump_share": {"type": "float"},
         "postgresql_backup_offsite_required": {"type": "bool", "default": False},
         "postgresql_backup_offsite_s3": {"type": "dict", "default": {}, "no_log": True},
     },
+}
+BACKUP = {
+    "postgresql_backup_schedules": {"dump": "hourly", "base_full": "Sun *-*-* 01:00"},
+    "postgresql_backup_limits": {"dump": 7200, "drill": 691200},
+    "postgresql_backup_retention": {"hourly": 24, "daily": 7},
 }
 MODELS = [{"model_name": "fast", "litellm_params": {"model": "openai/x", "api_key": "os.environ/OPENAI_API_KEY"}}]
 
@@ -58,6 +84,7 @@ def facts(**more):
         "clock_synchronised": True,
         "half_installed": [],
         "clusters": [],
+        "calendars": {},
         "installed": [],
         "names": {},
         "urls": {},
@@ -75,7 +102,7 @@ def scene(db=None, gateway=None, db_facts=None, gateway_facts=None, **more):
         "vault_keys": {"OPENAI_API_KEY": "sk-" + STRONG[5:]},
     }
     values = {"postgresql_listen_addresses": ["127.0.0.1", "10.0.0.7"], **shared, **(db or {})}
-    db1 = Host("db1", ["postgresql", "postgresql_backup"], values, facts=facts(**(db_facts or {})))
+    db1 = Host("db1", ["postgresql", "postgresql_backup", "firewall"], values, facts=facts(**(db_facts or {})))
     values = {
         "litellm_models": MODELS,
         "litellm_provider_keys": shared["vault_keys"],
@@ -83,10 +110,12 @@ def scene(db=None, gateway=None, db_facts=None, gateway_facts=None, **more):
         **shared,
         **(gateway or {}),
     }
-    gw1 = Host("gw1", ["litellm", "litellm_logger"], values, facts=facts(**(gateway_facts or {})))
+    gw1 = Host("gw1", ["litellm", "litellm_logger", "firewall"], values, facts=facts(**(gateway_facts or {})))
     settings = {
         "hosts": [db1, gw1],
         "specs": SPECS,
+        "defaults": {"postgresql_backup": BACKUP},
+        "mentioned": {"firewall_gateway_sources"},
         "secrets": {"vault_a": "password", "vault_key": "gateway_key", "vault_keys": "keys"},
         "files": {"/lock": b"litellm==1.106.2 --hash=sha256:00\n"},
         "role_hosts": {"postgresql": ["db1"], "litellm": ["gw1"], "litellm_logger": ["gw1"]},
@@ -107,6 +136,10 @@ def scene(db=None, gateway=None, db_facts=None, gateway_facts=None, **more):
             "collections": {"community.crypto": "3.0.5"},
             "lock_files": {"gw1": "/lock"},
             "clear_vaults": [],
+            "database_environment": ["DATABASE_URL", "DATABASE_USER"],
+            "decided_settings": {"port": "postgresql", "wal_level": "postgresql_backup"},
+            "log_refusals": {},
+            "log_unchecked": set(),
         },
         **more,
     }
@@ -173,6 +206,31 @@ CASES = {
     "variable-overridden": ({"db": {"postgresql_port": 1}, "overridden": {"postgresql_port": "x.yml"}}, "no effect"),
     "variable-type": ({"gateway": {"litellm_port": "4o00"}}, "litellm_port is a text ('4o00'), not a whole number"),
     "connection-checks": ({"db": {"ansible_ssh_common_args": "-o StrictHostKeyChecking=no"}}, "host keys off"),
+    "log-settings": (
+        controller(log_refusals={"gw1": [("litellm_logger_settings", "unknown key `contents`")]}),
+        "[gw1]  litellm_logger_settings is refused by the log: unknown key `contents`",
+    ),
+    "validation-model": (
+        {"gateway": {"litellm_logger_validation_model": "fats"}},
+        "litellm_logger_validation_model is fats, which litellm_models does not have. Fix: set it to one that",
+    ),
+    "environment-names": ({"gateway": {"litellm_provider_keys": {"PATH": STRONG}}}, "has PATH, which would take the"),
+    "firewall-sources": (
+        {"gateway": {"firewall_gateway_sources": ["10.0.0.0/33"]}},
+        "firewall_gateway_sources has '10.0.0.0/33', which is no address, network or name",
+    ),
+    "postgresql-settings": (
+        {"db": {"postgresql_settings": {"port": 1}}},
+        "[db1]  postgresql_settings.port is decided by the role postgresql.",
+    ),
+    "backup-values": (
+        {"db": {"postgresql_backup_retention": {"daily": "7"}}},
+        "[db1]  postgresql_backup_retention has daily: '7'. Fix: give it a whole number of at least 0, without quotes",
+    ),
+    "schedule": (
+        {"db_facts": {"calendars": {"hourly": "Failed to parse"}}},
+        "[db1]  postgresql_backup_schedules.dump is 'hourly', which systemd does not take as a time",
+    ),
     "ansible-version": (controller(ansible_core="2.18.1"), "2.18.1"),
     "collection-version": (controller(collections={}), "community.crypto is missing"),
     "gateway-lock": ({"files": {"/lock": b"litellm==1.82.7 --hash=sha256:00\n"}}, "pins litellm 1.82.7"),
@@ -239,6 +297,242 @@ def test_the_ports_of_the_front_are_looked_at():
     assert "port 9465 is used by both haproxy_metrics_port and litellm_logger_settings.writer.listen" in found(run)[1]
     run.hosts[1].values["haproxy_metrics_port"] = 0
     assert found(run)[0] == set()
+
+
+@pytest.mark.parametrize("model", ["fast", "openai/x", "smart", "anthropic/claude", ""])
+def test_a_model_has_several_names(model):
+    wildcard = {"model_name": "anthropic/*", "litellm_params": {"model": "anthropic/*"}}
+    aliases = {"litellm_router_settings": {"model_group_alias": {"smart": "fast"}}}
+    assert found(scene(gateway={"litellm_models": [*MODELS, wildcard], **aliases, **validating(model)}))[0] == set()
+    assert ("validation-model" in found(scene(gateway=validating(model)))[0]) is (
+        model in ("smart", "anthropic/claude")
+    )
+
+
+def validating(model):
+    """Return the settings that take the variable's place."""
+    return {
+        "litellm_logger_validation_model": "none",
+        "litellm_logger_settings": {"validation": {"model": model}},
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "seen"),
+    [
+        ("openai-api-key", "entry 1, 'openai-api-key'"),
+        ("../key", "entry 1, '../key'"),
+        ("1ST_KEY", "entry 1, '1ST_KEY'"),
+        ("sk-abc", "entry 1, (6 characters, hidden)"),
+        ("9" + STRONG, "entry 1, (48 characters, hidden)"),
+        ("LD_PRELOAD", "has LD_PRELOAD"),
+        ("PYTHONPATH", "has PYTHONPATH"),
+        ("LITELLM_MASTER_KEY", "has LITELLM_MASTER_KEY"),
+        ("LITELLM_MASTER_KEY_PREVIOUS", "has LITELLM_MASTER_KEY_PREVIOUS"),
+        ("GATEWAY_MAX_REQUEST_MB", "has GATEWAY_MAX_REQUEST_MB"),
+        ("DATABASE_USER", "litellm_provider_keys sets DATABASE_USER"),
+        ("_PATH", None),
+        ("AZURE_API_KEY_2", None),
+    ],
+)
+def test_names_of_keys(name, seen):
+    report = found(scene(gateway={"litellm_models": [], "litellm_provider_keys": {name: STRONG[5:]}}))[1]
+    assert report.count("ERROR") == (seen is not None)
+    assert (seen or "") in report
+    assert "sk-abc" not in report
+    assert STRONG[5:] not in report
+
+
+def test_the_gateways_environment_may_be_set_and_has_names():
+    assert found(scene(gateway={"litellm_environment": {"PATH": "/opt/bin:/usr/bin"}}))[0] == set()
+    assert "litellm_environment has a name that" in found(scene(gateway={"litellm_environment": {"MY-URL": "x"}}))[1]
+
+
+@pytest.mark.parametrize(
+    ("source", "wrong"),
+    [
+        ("192.0.2.10", False),
+        ("192.0.2.5/24", False),
+        ("0.0.0.0/0", False),
+        ("2001:db8::/64", False),
+        ("gateway1.example.net", False),
+        ("gateway1", False),
+        ("10.0.0/8", True),
+        ("10.0.0.0/255.0.0.0", True),
+        ("10.0.0.1-10.0.0.9", True),
+        ("300.0.0.1", True),
+        ("fe80::1%eth0", True),
+        ("https://gateway1", True),
+        ("a, b", True),
+        ("", True),
+        (10, True),
+        (None, True),
+    ],
+)
+def test_sources_of_the_firewall(source, wrong):
+    rules = {"firewall_rules": [{"name": "x", "port": 1}, {"name": "metrics", "port": 9100, "sources": [source]}]}
+    for values, name in (
+        ({"gateway": {"firewall_gateway_sources": [source]}}, "[gw1]  firewall_gateway_sources has "),
+        ({"db": rules}, "[db1]  firewall_rules[1].sources has "),
+    ):
+        report = found(scene(**values))[1]
+        assert (name in report) is wrong, report
+        assert report.count("ERROR") == wrong
+        off = {"firewall_enabled": False}
+        assert found(scene(**{host: {**part, **off} for host, part in values.items()}))[0] == set()
+
+
+def test_sources_are_a_list():
+    report = found(scene(gateway={"firewall_gateway_sources": "10.0.0.0/8"}))[1]
+    assert "firewall_gateway_sources is a text ('10.0.0.0/8'), not a list" in report
+
+
+def test_a_host_resolves_the_names_that_its_firewall_lets_in():
+    run = scene(gateway={"firewall_gateway_sources": ["office.example.net", "10.0.0.0/8", "localhost"]})
+    gateway = run.hosts[1]
+    names = ["db1.example.net", "localhost", "office.example.net"]
+    assert network.names_to_resolve(run, gateway, []) == names
+    assert network.names_to_resolve(run, run.hosts[0], []) == []
+    gateway.facts["names"] = {"office.example.net": {"error": "not known"}, "localhost": {"addresses": ["127.0.0.1"]}}
+    ids, report = found(run)
+    assert ids == {"name-resolution"}
+    assert "[gw1]  office.example.net does not resolve: not known" in report
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "seen"),
+    [
+        ("Port", 1, "postgresql_settings.Port is decided by the role postgresql"),
+        ("wal_level", "minimal", "postgresql_settings.wal_level is decided by the role postgresql_backup"),
+        ("max connections", 1, "postgresql_settings has 'max connections', which is no setting's name"),
+        ("work_mem", {"MB": 8}, "postgresql_settings.work_mem is a mapping ({'MB': 8})"),
+        ("work_mem", None, "postgresql_settings.work_mem is empty"),
+        ("search_path", ["a", None], "postgresql_settings.search_path is a list"),
+        ("shared_preload_libraries", ["a", "b"], None),
+        ("pg_stat_statements.max", 1000, None),
+        ("jit", True, None),
+        ("log_min_duration_statement", "500ms", None),
+    ],
+)
+def test_settings_of_postgresql(name, value, seen):
+    report = found(scene(db={"postgresql_settings": {name: value}}))[1]
+    assert report.count("ERROR") == (seen is not None)
+    assert (seen or "") in report
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "seen"),
+    [
+        ("schedules", {"dump": "daily"}, "has no base_full"),
+        ("schedules", {"dump": "daily", "base_full": "daily", "drill": "daily"}, "has drill, which nothing reads"),
+        ("schedules", {"dump": ["daily"], "base_full": "daily"}, "has dump: ['daily']"),
+        ("schedules", {"dump": datetime.date(2099, 1, 1), "base_full": "daily"}, None),
+        ("limits", {"dump": 60}, "has no drill"),
+        ("limits", {"dump": 60, "drill": 0}, "has drill: 0"),
+        ("limits", {"dump": 60, "drill": "1d"}, "has drill: '1d'"),
+        ("retention", {"daily": -1}, "has daily: -1"),
+        ("retention", {"daily": True}, "has daily: True"),
+        ("retention", {"dayly": 1}, "has dayly, which nothing reads"),
+        ("retention", {"daily": 0}, None),
+        ("recovery_window_days", 0, "is 0"),
+        ("archive_timeout", "-1", "is -1"),
+        ("archive_timeout", 0, None),
+        ("dump_share", 1.5, "is 1.5"),
+        ("dump_share", 1, None),
+    ],
+)
+def test_what_the_backups_go_by(variable, value, seen):
+    report = found(scene(db={f"postgresql_backup_{variable}": value}))[1]
+    assert report.count("ERROR") == (seen is not None)
+    assert f"[db1]  postgresql_backup_{variable} {seen}" in report or seen is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "refusal"),
+    [
+        ({"litellm_logger_settings": {"content": {"mode": "some"}}}, "`content.mode` is 'some'"),
+        ({"litellm_logger_settings": {"contents": {}}}, "unknown key `contents`"),
+        ({"litellm_logger_settings": {"content": {"retention_days": "x"}}}, "`content.retention_days` is 'x'"),
+        ({"litellm_logger_settings": {"database": None}}, "`database` is None"),
+        ({"litellm_logger_settings": {"spool": {"max_size": datetime.date(2099, 1, 1)}}}, "`spool.max_size` is"),
+        ({"litellm_logger_settings": {"content": {"policies": {"keys": {"sk-abc": "full"}}}}}, "never the key"),
+        ({"litellm_logger_retention_days": 1}, "`content.retention_days` is 1"),
+        ({"litellm_logger_front_url": "gateway1"}, "`validation.front_url` is 'gateway1'"),
+        ({"litellm_logger_settings": {"database": {"pool_size": 3}, "content": {"mode": "metadata"}}}, None),
+        ({"litellm_logger_retention_days": 0, "litellm_logger_front_url": ""}, None),
+    ],
+)
+def test_the_log_itself_says_what_it_refuses(settings, refusal):
+    refusals, unchecked = gather.log_refusals(scene(gateway=settings), PACKAGE)
+    assert not unchecked
+    if refusal is None:
+        assert not refusals
+        return
+    [(variable, seen)] = refusals.pop("gw1")
+    assert variable in settings
+    assert refusal in seen
+    assert "/dev/stdin" not in seen
+    assert "sk-abc" not in seen
+
+
+def test_a_log_that_cannot_be_asked_is_said(monkeypatch):
+    monkeypatch.setattr(sys, "executable", sys._base_executable)  # a Python without the controller's packages
+    gather.asked_log.cache_clear()
+    refusals, unchecked = gather.log_refusals(scene(gateway={"litellm_logger_retention_days": 9}), PACKAGE)
+    gather.asked_log.cache_clear()
+    assert not refusals
+    report = found(scene(**controller(log_unchecked=unchecked)))[1]
+    assert "[controller]  the log's settings cannot be checked: " in report
+    assert "uv sync" in report
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="this machine has no systemd to ask")
+def test_systemd_says_which_times_it_takes():
+    for good in ("hourly", "Mon..Sat *-*-* 01:00", "2099-01-01"):
+        assert preflight_facts.calendar_error(good) == ""
+    for bad in ("every night", "", "Sun 25:00", "36000", "--help"):
+        assert preflight_facts.calendar_error(bad), bad
+
+
+def test_a_wrong_inventory_is_told_what_is_wrong_and_where(tmp_path):
+    """By the playbook, with this machine as the host; it has other faults, too."""
+    wrong = {
+        "litellm_logger_settings": {"content": {"mode": "some"}},
+        "litellm_logger_validation_model": "b",
+        "litellm_logger_prune_schedule": "every night",
+        "litellm_models": [{"model_name": "a", "litellm_params": {"model": "openai/a"}}],
+        "litellm_provider_keys": {"DATABASE_NAME": STRONG},
+        "firewall_gateway_sources": ["nowhere.invalid"],
+        "postgresql_settings": {"ssl": "off", "archive_mode": "off", "shared_preload_libraries": "pg_stat_statements"},
+        "preflight_check_downloads": False,
+        "ansible_connection": "local",
+        "ansible_become": False,
+        "ansible_python_interpreter": sys.executable,
+    }
+    rules = {"firewall_rules": [{"name": "metrics", "port": 9100, "sources": ["10.0.0.0/33"]}]}
+    groups = {"postgresql": {"gw1": None}, "litellm": {"gw1": None}, "backup": {"store1": rules}}
+    children = {name: {"hosts": hosts} for name, hosts in groups.items()}
+    (tmp_path / "hosts.yml").write_text(yaml.safe_dump({"all": {"vars": wrong, "children": children}}))
+    command = ["ansible-playbook", "-i", str(tmp_path / "hosts.yml"), "playbooks/preflight.yml"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0
+    lines = [" ".join(line.split()) for line in done.stdout.splitlines() if line.startswith("ERROR")]
+    place = r"\(\S*hosts.yml:\d+\)"
+    expected = [
+        rf"log-settings \[gw1\] litellm_logger_settings {place} is refused by the log: `content.mode` is 'some'",
+        rf"validation-model \[gw1\] litellm_logger_validation_model {place} is b",
+        r"gateway-database \[gw1\] litellm_provider_keys sets DATABASE_NAME\.",
+        r"name-resolution \[gw1\] nowhere.invalid does not resolve",
+        rf"firewall-sources \[store1\] firewall_rules\[0\].sources {place} has '10.0.0.0/33'",
+        rf"postgresql-settings \[gw1\] postgresql_settings.ssl {place} is decided by the role postgresql\.",
+        rf"postgresql_settings.archive_mode {place} is decided by the role postgresql_backup",
+    ]
+    if shutil.which("systemd-analyze"):
+        expected.append(rf"schedule \[gw1\] litellm_logger_prune_schedule {place} is 'every night'")
+    for pattern in expected:
+        assert any(re.search(pattern, line) for line in lines), (pattern, done.stdout)
+    assert "shared_preload_libraries" not in done.stdout
+    assert STRONG not in done.stdout
 
 
 def test_every_check_is_tested():

@@ -15,7 +15,7 @@ from ansible.vars.clean import namespace_facts
 
 # The checks are an ordinary package beside the role's tasks, so that unit tests can import them without Ansible.
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from preflight_checks import gather, network
+from preflight_checks import gather, network, values
 
 
 class ActionModule(ActionBase):
@@ -67,5 +67,6 @@ class ActionModule(ActionBase):
             "urls": network.urls_to_fetch(run, host) if arguments["use_network"] else [],
             "endpoints": network.endpoints_to_reach(run, host) if arguments["use_network"] else [],
             "package_sources": arguments["use_network"],
+            "calendars": sorted({time for _, time in values.schedules(run, host)}),
             "timeout": arguments["timeout"],
         }

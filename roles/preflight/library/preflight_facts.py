@@ -30,6 +30,7 @@ options:
   urls: {type: list, elements: str, default: [], description: Fetched to see whether they can be reached.}
   endpoints: {type: list, elements: str, default: [], description: "`host:port` to open a connection to."}
   package_sources: {type: bool, default: true, description: Whether the host's apt sources are tried.}
+  calendars: {type: list, elements: str, default: [], description: Times of timers.}
   timeout: {type: float, default: 6, description: Seconds that all network probes together may take.}
 author: The project
 """
@@ -187,6 +188,16 @@ def apt_sources():
     return list(dict.fromkeys(uris)), proxy.group(1) if proxy else ""
 
 
+def calendar_error(expression):
+    """Return why systemd takes no timer at this time, '' when it does or cannot be asked."""
+    command = ["systemd-analyze", "calendar", "--", expression]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stderr.strip() if done.returncode else ""
+
+
 def clusters():
     """Return Debian's PostgreSQL clusters: version, name, data directory, whether pages have checksums."""
     found = []
@@ -272,6 +283,7 @@ def main():
             "urls": texts,
             "endpoints": texts,
             "package_sources": {"type": "bool", "default": True},
+            "calendars": texts,
             "timeout": {"type": "float", "default": 6},
         },
         supports_check_mode=True,
@@ -294,6 +306,7 @@ def main():
         clock_synchronised=clock_synchronised(),
         half_installed=re.findall(r"^ (\S+) ", output("dpkg", "--audit"), re.M),
         clusters=clusters(),
+        calendars={time: calendar_error(time) for time in module.params["calendars"]},
         installed=[
             path for path in ("/opt/litellm/current", "/opt/litellm-sqlalchemy/current") if os.path.exists(path)
         ],

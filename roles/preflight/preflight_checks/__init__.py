@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from . import controller, hosts, network, secrets, services, variables
+from . import controller, firewall, hosts, network, secrets, services, values, variables
 from .model import CHECKS, Finding, Host, Run
 
 __all__ = ["CHECKS", "Finding", "Host", "Run", "check_all", "render"]
 
-MODULES = (controller, hosts, network, secrets, services, variables)
+MODULES = (controller, firewall, hosts, network, secrets, services, values, variables)
 
 
 def check_all(run: Run, accepted: frozenset[str] = frozenset()) -> list[Finding]:

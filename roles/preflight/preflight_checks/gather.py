@@ -5,9 +5,13 @@ The one module here that knows Ansible's insides; the checks themselves see `mod
 
 from __future__ import annotations
 
+import functools
 import glob
+import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -27,6 +31,14 @@ except ImportError:
     Origin = VaultedValue = None
 
 CONNECTION_VARIABLES = ("ansible_ssh_common_args", "ansible_ssh_extra_args", "ansible_ssh_args")
+# The variables that become settings of the request log -> where they stand among these.
+LOG_VARIABLES = {
+    "litellm_logger_settings": (),
+    "litellm_logger_retention_days": ("content", "retention_days"),
+    "litellm_logger_front_url": ("validation", "front_url"),
+}
+SETTINGS_EXIT = 3  # litellm_sqlalchemy.errors.ExitCode
+DECIDING_ROLES = ("litellm", "postgresql", "postgresql_backup")
 NOT_INVENTORY = ("preflight_looked", "hostvars", "vars", "groups", "omit", "environment")
 
 
@@ -171,9 +183,21 @@ def read_controller(run: Run, roles_directory: str, sources: Iterable[str], load
     """Add what is on the controller: versions, the lock file, certificate files, vault files in clear."""
     default = os.path.join(roles_directory, "litellm", "files", "requirements.txt")
     locks = {host.name: str(run.value(host, "litellm_requirements_file") or default) for host in run.on("litellm")}
-    role = read_yaml(os.path.join(roles_directory, "litellm", "vars", "main.yml"))
+    # What the roles decide themselves stands there, as a name at least where the value is a template.
+    own = {role: read_yaml(os.path.join(roles_directory, role, "vars", "main.yml")) for role in DECIDING_ROLES}
+    # libraries are added to the role's
+    fixed = own["postgresql"]["__postgresql_fixed_settings"].keys() - {"shared_preload_libraries"}
+    refusals, unchecked = log_refusals(run, os.path.join(roles_directory, "..", "files", "litellm_sqlalchemy"))
     run.controller = {
-        "litellm_minimum": role["__litellm_minimum_version"],
+        "litellm_minimum": own["litellm"]["__litellm_minimum_version"],
+        "database_environment": own["litellm"]["__litellm_unset_environment"],
+        "decided_settings": {
+            **dict.fromkeys(own["postgresql_backup"]["__postgresql_backup_server_settings"], "postgresql_backup"),
+            **dict.fromkeys(fixed, "postgresql"),
+            **dict.fromkeys(own["postgresql"]["__postgresql_placed_settings"], "postgresql"),
+        },
+        "log_refusals": refusals,
+        "log_unchecked": unchecked,
         "ansible_core": ansible_core,
         "collections": collections(),
         "lock_files": locks,
@@ -181,6 +205,43 @@ def read_controller(run: Run, roles_directory: str, sources: Iterable[str], load
     }
     wanted = {str(run.value(host, name) or "") for host in run.hosts for name in CERTIFICATE_VARIABLES}
     run.files = {path: content(path, loader) for path in (wanted | set(locks.values())) - {""}}
+
+
+def log_refusals(run: Run, default: str) -> tuple[dict[str, list[tuple[str, str]]], set[str]]:
+    """Return host -> (variable, why the log refuses it), and why the log could not be asked, where it could not."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    unchecked: set[str] = set()
+    for host in run.on("litellm_logger"):
+        source = str(run.value(host, "litellm_logger_source") or default)
+        for variable, path in LOG_VARIABLES.items():
+            settings = run.value(host, variable)
+            if not settings:  # which the role leaves out
+                continue
+            for key in reversed(path):
+                settings = {key: settings}
+            if isinstance(settings, dict):
+                status, reason = asked_log(source, json.dumps(with_host(settings), default=str))
+                if status == SETTINGS_EXIT:
+                    found.setdefault(host.name, []).append((variable, reason))
+                elif status:
+                    unchecked.add(reason)
+    return found, unchecked
+
+
+def with_host(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings with the one that has no default, which the playbook hands over."""
+    database = settings.get("database", {})
+    return {**settings, "database": {"host": "localhost", **database}} if isinstance(database, dict) else settings
+
+
+@functools.cache
+def asked_log(source: str, settings: str) -> tuple[int, str]:
+    """Return exit status and last line of the command by which the role has the settings checked on the host."""
+    command = [sys.executable, "-P", "-m", "litellm_sqlalchemy", "settings", "--settings", "/dev/stdin"]
+    environment = {**os.environ, "PYTHONPATH": os.path.join(source, "src")}
+    done = subprocess.run(command, input=settings, capture_output=True, text=True, env=environment, check=False)
+    line = next(reversed(done.stderr.strip().splitlines()), "")
+    return done.returncode, line.removeprefix("litellm-sqlalchemy: settings file /dev/stdin: ")
 
 
 def content(path: str, loader: Any) -> bytes | None:

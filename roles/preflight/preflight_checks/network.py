@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from .firewall import source_names
 from .model import Host, Run, check
 
 ALL_ADDRESSES = ("0.0.0.0", "::", "*", "[::]", "0", "0.0.0.0/0")
@@ -82,10 +83,10 @@ def ports(run: Run, host: Host) -> Iterator[Port]:
 
 def names_to_resolve(run: Run, host: Host, names: list[str]) -> list[str]:
     """Return the names that the host must resolve; addresses need no resolving."""
-    if "litellm_logger" not in host.roles:
-        return []
-    target = run.value(host, "litellm_logger_database_host")
-    return sorted({name for name in [*names, target] if isinstance(name, str) and name and not is_address(name)})
+    found = source_names(run, host)
+    if "litellm_logger" in host.roles:
+        found |= {name for name in [*names, run.value(host, "litellm_logger_database_host")] if isinstance(name, str)}
+    return sorted(name for name in found if name and not is_address(name))
 
 
 def urls_to_fetch(run: Run, host: Host) -> list[str]:
@@ -180,7 +181,7 @@ def port_range(run: Run) -> Iterator[tuple[str, ...]]:
                 )
 
 
-@check("name-resolution", "The gateway hosts find the database host under the name they use")
+@check("name-resolution", "Hosts find the database host, and whom they let in, under the names they use")
 def name_resolution(run: Run) -> Iterator[tuple[str, ...]]:
     servers = run.on("postgresql")
     for host, facts in run.looked_at():
@@ -191,6 +192,8 @@ def name_resolution(run: Run) -> Iterator[tuple[str, ...]]:
                     f"{name} does not resolve: {answer['error']}.",
                     f"add {name} to the DNS or to /etc/hosts of {host.name}.",
                 )
+            elif name in source_names(run, host):
+                continue
             elif "postgresql" not in host.roles and servers and all(map(loopback, answer["addresses"])):
                 yield (
                     host.name,

@@ -15,7 +15,6 @@ from .network import listen_addresses, loopback
 from .secrets import type_name
 
 OWN_ENVIRONMENT = {"LITELLM_MASTER_KEY"}
-DATABASE_ENVIRONMENT = {"DATABASE_URL", "DIRECT_URL", "DATABASE_URL_READ_REPLICA", "DATABASE_HOST"}
 CERTIFICATE_VARIABLES = ("postgresql_tls_certificate_file", "postgresql_tls_key_file", "postgresql_tls_ca_file")
 
 
@@ -160,14 +159,17 @@ def references(value: Any) -> set[str]:
 @check("gateway-database", "The gateway has no database of its own")
 def gateway_database(run: Run) -> Iterator[tuple[str, ...]]:
     for host in run.on("litellm"):
-        environment = run.value(host, "litellm_environment")
         general = run.value(host, "litellm_general_settings")
-        for name in sorted(DATABASE_ENVIRONMENT & set(environment if isinstance(environment, dict) else ())):
-            yield (
-                host.name,
-                f"litellm_environment sets {name}.",
-                "remove it: requests are logged through the spool, LiteLLM's own database stays off.",
-            )
+        for variable in ("litellm_environment", "litellm_provider_keys"):
+            value = run.value(host, variable)
+            for name in sorted(
+                {*run.controller["database_environment"]} & {*(value if isinstance(value, dict) else ())}
+            ):
+                yield (
+                    host.name,
+                    f"{variable} sets {name}.",
+                    "remove it: requests are logged through the spool, LiteLLM's own database stays off.",
+                )
         for name in ("database_url", "store_model_in_db", "master_key"):
             if isinstance(general, dict) and general.get(name):
                 yield (
