@@ -40,6 +40,7 @@ SPECS = {
         "litellm_provider_keys": {"type": "dict", "no_log": True},
         "litellm_environment": {"type": "dict", "default": {}},
         "litellm_router_settings": {"type": "dict", "default": {}},
+        "litellm_settings": {"type": "dict", "default": {}},
     },
     "litellm_logger": {
         "litellm_logger_database_host": {"type": "str", "required": True},
@@ -200,6 +201,10 @@ CASES = {
     "backup-offsite": ({"db": {"postgresql_backup_offsite_required": True}}, "there is no off-host copy"),
     "model-list": ({"gateway": {"litellm_models": [{"model_name": "x"}]}}, "litellm_models[0] (x) has no"),
     "provider-keys": ({"gateway": {"litellm_provider_keys": {}}}, "os.environ/OPENAI_API_KEY, which is not set"),
+    "setting-in-clear": (
+        {"gateway": {"litellm_settings": {"cache_params": [{"password": "sk-1234"}]}}},
+        "[gw1]  litellm_settings.cache_params holds a key that begins with sk- in clear",
+    ),
     "gateway-database": ({"gateway": {"litellm_environment": {"DATABASE_URL": STRONG}}}, "sets DATABASE_URL"),
     "certificate-files": ({"db": {"postgresql_tls_key_file": "/k"}}, "postgresql_tls_key_file set, but not"),
     "unknown-variable": ({"db": {"postgresql_listen_adresses": []}}, "rename it to postgresql_listen_addresses"),
@@ -533,6 +538,19 @@ def test_a_wrong_inventory_is_told_what_is_wrong_and_where(tmp_path):
         assert any(re.search(pattern, line) for line in lines), (pattern, done.stdout)
     assert "shared_preload_libraries" not in done.stdout
     assert STRONG not in done.stdout
+
+
+def test_clients_certificates_need_the_projects_authority():
+    own = dict.fromkeys(services.CERTIFICATE_VARIABLES, "/pem")
+    for asked, refused in ((True, True), (False, False)):
+        report = found(scene(db={**own, "postgresql_client_certificates": asked}))[1]
+        assert ("[db1]  postgresql_client_certificates is true, and so is set" in report) is refused
+
+
+@pytest.mark.parametrize("option", ["-i https://x", "--extra-index-url https://x", "-e .", "--find-links=/x"])
+def test_a_lock_names_no_index(option):
+    lock = f"{option}\nlitellm==1.106.2 --hash=sha256:00\n".encode()
+    assert f"/lock has the option {re.match('[a-z-]+', option)[0]}," in found(scene(files={"/lock": lock}))[1]
 
 
 def test_every_check_is_tested():

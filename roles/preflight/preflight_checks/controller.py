@@ -48,6 +48,11 @@ def gateway_lock(run: Run) -> Iterator[tuple[str, ...]]:
                 f"{path} pins litellm {seen['litellm']}; versions below {least} have known vulnerabilities.",
                 f"lock litellm {least} or newer.",
             )
+        if option := re.search(
+            r"^\s*(-[ief]|--(index-url|extra-index-url|find-links|trusted-host|editable))\b", text, re.M
+        ):
+            fix = "lock it without: litellm_index_url names the index."
+            yield CONTROLLER, f"{path} has the option {option[1]}, which installs from elsewhere.", fix
         bare = [name for name, _, rest in pins if "--hash=" not in rest]
         if bare:
             yield CONTROLLER, f"{path} has no hash for {', '.join(bare[:5])}.", "lock it with --generate-hashes."

@@ -149,11 +149,31 @@ def provider_keys(run: Run) -> Iterator[tuple[str, ...]]:
 
 def references(value: Any) -> set[str]:
     """Return the names behind `os.environ/` anywhere in a value."""
+    return {text.removeprefix("os.environ/") for text in texts_in(value) if text.startswith("os.environ/")}
+
+
+def texts_in(value: Any) -> set[str]:
+    """Return every text anywhere in a value."""
     if isinstance(value, dict):
-        return set().union(*map(references, value.values()))
+        return set().union(*map(texts_in, value.values()))
     if isinstance(value, list):
-        return set().union(*map(references, value))
-    return {value.removeprefix("os.environ/")} if isinstance(value, str) and value.startswith("os.environ/") else set()
+        return set().union(*map(texts_in, value))
+    return {value} if isinstance(value, str) else set()
+
+
+@check("setting-in-clear", "LiteLLM's settings hold no key")
+def setting_in_clear(run: Run) -> Iterator[tuple[str, ...]]:
+    for host in run.on("litellm"):
+        for name in ("litellm_settings", "litellm_general_settings", "litellm_router_settings"):
+            settings = run.value(host, name)
+            # the master key there is said by gateway-database
+            for key, value in settings.items() if isinstance(settings, dict) else ():
+                if key != "master_key" and any(text.startswith("sk-") for text in texts_in(value)):
+                    yield (
+                        host.name,
+                        f"{name}.{key} holds a key that begins with sk- in clear (value hidden).",
+                        "move it to vault_litellm_provider_keys and write os.environ/<NAME> here.",
+                    )
 
 
 @check("gateway-database", "The gateway has no database of its own")
@@ -188,6 +208,13 @@ def certificate_files(run: Run) -> Iterator[tuple[str, ...]]:
         given = [name for name, path in paths.items() if path]
         if not given:
             continue
+        if run.value(host, "postgresql_client_certificates") in (True, "true", "yes"):
+            yield (
+                host.name,
+                f"postgresql_client_certificates is true, and so is set {given[0]}: the project's authority signs the "
+                "clients' certificates, which a server with one of your own does not trust.",
+                "set one of the two.",
+            )
         if len(given) < len(paths):
             lacking = ", ".join(name for name in paths if name not in given)
             yield host.name, f"{', '.join(given)} set, but not {lacking}.", "set all three, or none."
