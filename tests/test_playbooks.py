@@ -131,7 +131,7 @@ def test_a_fronts_own_certificate_leaves_the_projects_authority_alone(tmp_path):
 def test_a_gateway_asks_the_database_at_its_own_port(tmp_path):
     """Which the inventory names for the group postgresql; the task is delegated, its variables are the gateway's."""
     play = next(play for play in yaml.safe_load((ROOT / "playbooks/litellm.yml").read_text()) if "roles" in play)
-    (asks,) = play["pre_tasks"]
+    asks = play["pre_tasks"][-1]
     handed = {name: value for name, value in play["vars"].items() if name == "__database_server"} | asks.get("vars", {})
     for own, port in (({"postgresql_port": 5433}, "5433"), ({}, "5432")):
         children = {"postgresql": {"hosts": {"db1": own}}, "litellm": {"hosts": {"gw1": {}}}}
