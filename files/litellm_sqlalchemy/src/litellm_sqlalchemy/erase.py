@@ -123,9 +123,7 @@ def _erase_rows(connection: Connection, user: str, result: Erasure, dry_run: boo
             connection.execute(text(f"DELETE FROM {condition}"), calls)
     if not dry_run:
         forget_user(connection, user)
-    connection.commit()
-    if result.requests and not dry_run:
-        vacuum(connection, "requests, responses, daily_usage")
+        vacuum(connection, "requests, responses, daily_usage")  # also where an attempt before was broken off
     return set(calls["calls"]), running
 
 

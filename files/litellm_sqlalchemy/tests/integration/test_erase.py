@@ -11,8 +11,9 @@ from support.processes import Deployment, WriterProcess
 from support.records import BODY, request, response
 from support.waiting import wait_until
 
+from litellm_sqlalchemy.dead_letters import bury
 from litellm_sqlalchemy.erase import erase
-from litellm_sqlalchemy.frames import Kind
+from litellm_sqlalchemy.frames import Frame, Kind
 from litellm_sqlalchemy.identifiers import uuid7
 from litellm_sqlalchemy.producer import Producer
 from litellm_sqlalchemy.replay import replay
@@ -91,11 +92,16 @@ def test_nothing_of_the_user_is_left(
         ("alice2", None), ("bob", None)
     ]  # fmt: skip
     assert (database.count("requests"), database.count("responses")) == (20, 20)
+    assert database.query("SELECT user_id, sum(calls), sum(cost) FROM daily_usage GROUP BY 1 ORDER BY 1") == [
+        ("alice2", 10, 2.5), ("bob", 20, 5), (None, 10, 2.5)
+    ]  # fmt: skip
     database.execute("DELETE FROM requests")
     assert replay(deployment.load(), since).restored == 40, "of the others all comes back, of the user nothing"
     assert database.value("SELECT count(*) FROM requests WHERE 'alice' IN (user_id, end_user)") == 0
     again = json.loads(deployment.run("erase", "--user", "alice", "--json").stdout)
     assert not any(again.values())
+    vacuumed = "SELECT relname, vacuum_count FROM pg_stat_user_tables WHERE vacuum_count > 0 ORDER BY 1"
+    assert database.query(vacuumed) == [("daily_usage", 2), ("requests", 2), ("responses", 2)], "the repetition, too"
 
 
 def test_the_writer_and_the_counters_do_not_notice(
@@ -131,20 +137,29 @@ def test_what_is_under_way_is_reported_and_erased_later(
     assert done.returncode == 1
     assert "2 frames are not delivered yet and 1 calls have not ended: run it again" in done.stderr
     producer.append(Kind.RESPONSE, response(running), MARK)
+    producer.close()
     writer.start()
+    wait_until(lambda: not list((deployment.spool / "producers").iterdir()), "the producer's folder is removed")
+    another = Producer(deployment.load().spool)
+    _send(another, user_id="bob")
+    _drained(deployment)
+    another.close()
     result = erase(deployment.load(), "alice")
     assert (result.requests, result.responses, result.frames, result.complete) == (2, 2, 4, True)
-    assert database.count("requests") == 0
+    assert database.query("SELECT user_id FROM requests") == [("bob",)]
     assert _holding(deployment.spool) == []
 
 
-def test_damaged_pieces_that_name_the_user_are_removed(deployment: Deployment) -> None:
+def test_dead_letters_that_name_the_user_are_removed(deployment: Deployment) -> None:
+    """Also where nothing else is left of the call, and where they are damaged."""
     Producer(deployment.load().spool).close()
     (deployment.spool / "dead").mkdir(exist_ok=True)
     for number, user in enumerate(('o"hara', "o"), start=1):
-        (deployment.spool / "dead" / f"{number}.damaged").write_bytes(b"LS" + request(uuid7().hex, user_id=user)[:-1])
-    assert erase(deployment.load(), 'o"hara').dead_letters == 1
-    assert [file.name for file in deployment.spool.glob("dead/*")] == ["2.damaged"]
+        metadata = request(uuid7().hex, user_id=user)
+        bury(deployment.spool, "gateway", Frame(Kind.REQUEST, number, metadata, b""), "", {})
+        (deployment.spool / "dead" / f"{number}.damaged").write_bytes(b"LS" + metadata[:-1])
+    assert erase(deployment.load(), 'o"hara').dead_letters == 2
+    assert {file.name for file in deployment.spool.glob("dead/*")} == {"2.damaged", "gateway-2.json"}
 
 
 def test_only_the_maintainers_role_deletes(deployment: Deployment, database: Database) -> None:
