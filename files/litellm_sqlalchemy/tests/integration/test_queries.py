@@ -117,7 +117,7 @@ def test_a_call_id_can_be_chosen_twice(reader: Connection) -> None:
         (Selection(team="red"), [-12]),
         (Selection(status="running"), [5]),
         (Selection(status="failure"), [3, 2]),
-        (Selection(since=_at(-12), until=_at(0)), [-12]),
+        (Selection(since=_at(-12), until=_at(1)), [0, -12]),
         (Selection(since=_at(4)), [12, 5, 4]),
         (Selection(model="nobody's"), []),
     ],
@@ -166,7 +166,7 @@ def test_a_day_is_counted_once(filled: Deployment, database: Database) -> None:
 
 
 def test_latencies_are_those_of_answers(reader: Connection) -> None:
-    (large, small) = queries.latencies(reader, ["model"], _DAY)
+    (large, small) = queries.latencies(reader, ["model"], Selection(since=_at(-12), until=_at(1.5)))
     assert (large["answers"], small["answers"]) == (1, 2)
     assert (small["duration_ms_p50"], small["duration_ms_p99"]) == (200, pytest.approx(298))
     assert small["first_token_ms_p50"] is None
@@ -397,6 +397,7 @@ def test_verb_usage(filled: Deployment) -> None:
     assert [(row["day"], row["team"], row["calls"]) for row in rows] == [
         ("2026-03-09", None, 2), ("2026-03-10", "red", 1), ("2026-03-10", None, 9)
     ]  # fmt: skip
+    assert [row["calls"] for row in _json(filled, "usage", "--since", "2026-03-09", "--status", "failure")] == [6]
 
 
 @pytest.mark.parametrize("arguments", [["--since", "yesterday"], ["--by", "colour"], ["--until", "3y"]])

@@ -48,6 +48,12 @@ def test_lost_rows_come_back_once(
     assert (again.restored, again.refused) == (0, 0)
     assert again.present >= 2 * CALLS
     assert spool_status(deployment.spool).received == before.received, "the counters know these calls already"
+    known = f"CHECK (gateway = '' OR created_at < to_timestamp({since}))"  # without one: that of the store's own probe
+    database.execute("TRUNCATE requests CASCADE", f"ALTER TABLE requests ADD CONSTRAINT known {known}")
+    done = deployment.run("replay", "--since", "2026-01-01T00:00:00Z")
+    half = 2 * CALLS
+    expected = f"{half} were missing, 0 were there, {half} were refused (the last one: insert or update on table"
+    assert (done.returncode, expected in done.stdout) == (ExitCode.FAILED, True)
     producer.close()
 
 

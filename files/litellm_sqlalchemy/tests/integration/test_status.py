@@ -35,6 +35,10 @@ def test_rows_that_are_gone_are_noticed(deployment: Deployment, database: Databa
     database.execute("DELETE FROM requests WHERE id IN (SELECT request_id FROM responses LIMIT 5)")
     assert _status(deployment)[0] == 0, "what is removed on purpose is not lost"
 
+    database.execute("DELETE FROM requests WHERE id NOT IN (SELECT request_id FROM responses)")
+    assert _status(deployment) == (1, {"responses": 20, "stored": 20, "open": 1, "missing": 1})
+    assert "the requests of 1 open calls are missing" in deployment.run("status").stdout
+
     database.execute("TRUNCATE requests, responses, daily_usage")  # as a restore to an earlier time
     assert _status(deployment) == (1, {"responses": 20, "stored": 0, "open": 1, "missing": 1})
     assert "run `litellm-sqlalchemy replay`" in deployment.run("status").stdout
@@ -79,7 +83,8 @@ def test_losses_are_told_until_they_are_acknowledged(
     database.execute("UPDATE daily_usage SET responses = responses - 1")
     assert deployment.run("status").returncode == 1
     assert deployment.run("status", "--acknowledge", "--json").returncode == 0
-    assert deployment.run("status").returncode == 0
+    assert deployment.run("status", "--acknowledge", "--spool-only").returncode == 0
+    assert deployment.run("status").returncode == 0, "what was known of the tables stays known"
     database.execute("UPDATE daily_usage SET responses = responses - 1")
     assert deployment.run("status").returncode == 1, "more than is known"
     producer.close()
