@@ -336,16 +336,15 @@ class Call:
         """Return the body, of a form its fields without the files; and whether it is only a beginning."""
         kind = self.content_type.lower()
         content, truncated = self.request.content(), self.request.truncated
-        is_json = content.startswith(_JSON)
         if kind.startswith(b"multipart/"):
             content, truncated = orjson.dumps(self._form_fields(content)), False
-        elif not is_json and kind.startswith(_FILES) and not content.lstrip().startswith(_JSON):
+        elif kind.startswith(_FILES) and not content.lstrip().startswith(_JSON):
             content = b""
-        elif not is_json and content.startswith(_GZIP):  # LiteLLM does not read it, but a secret in it has to show
+        elif content.startswith(_GZIP):  # LiteLLM does not read it, but a secret in it has to show
             content = self._unzipped(content)
         if self.rejected and len(content) > _REJECTED_SIZE:
             content, truncated = content[:_REJECTED_SIZE], True
-        if content and not is_json and kind.startswith(_FORM):
+        if content and kind.startswith(_FORM) and not content.startswith(_JSON):
             content, truncated = _fields(content[:_FORM_SIZE]), truncated or len(content) > _FORM_SIZE
         return content, truncated
 

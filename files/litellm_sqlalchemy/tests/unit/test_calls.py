@@ -230,14 +230,16 @@ def test_no_response_without_its_request(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("count", [1, 20, 21, 57])
 def test_a_flood_of_rejected_calls(tmp_path: Path, count: int) -> None:
-    """The burst passes one by one; the rest shares rows, and all are counted soon after the last."""
+    """The burst passes one by one; the rest shares rows, and all are counted soon after the last. So does the next."""
 
     async def scenario() -> None:
-        for _ in range(count):
-            call = make_call(recorder)
-            call.noticed = call.failed = True
-            end(call)
-        await wait_for(lambda: sum(counted()) == count)
+        for flood in (1, 2):
+            for _ in range(count):
+                call = make_call(recorder)
+                call.noticed = call.failed = True
+                end(call)
+            await wait_for(lambda total=flood * count: sum(counted()) == total)
+            recorder.rejections._at -= 3600  # an hour goes by
 
     def counted() -> list[int]:
         return [metadata["calls"] for kind, metadata, _ in producer.records if kind is Kind.REQUEST]
@@ -245,7 +247,7 @@ def test_a_flood_of_rejected_calls(tmp_path: Path, count: int) -> None:
     recorder, producer = make_recorder(tmp_path, rejected_rate=2)
     asyncio.run(scenario())
     calls = counted()
-    assert len(calls) == min(count, 21)
+    assert len(calls) == 2 * min(count, 21)
     assert len(producer.records) == 2 * len(calls)
 
 
@@ -531,6 +533,8 @@ def test_observer_changes_nothing(tmp_path: Path) -> None:
         {"type": "http.response.body", "body": b"ok"},
     ]
     assert producer.records[1][1]["status"] == "success"
+    hooks = producer.counters.hooks
+    assert (hooks.calls, sum(hooks.counts), 0 < hooks.seconds < 60) == (1, 1, True)
 
 
 @pytest.mark.parametrize(("root", "endpoint"), [("", "/api/v1/x"), ("/api", "/v1/x"), ("/other", "/api/v1/x")])
@@ -608,8 +612,11 @@ def test_a_websocket_session_that_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("is_told", [True, False], ids=["accepted", "of which no hook tells"])
 @pytest.mark.parametrize(
     ("code", "gone", "status"),
-    [(1011, False, "failure"), (1008, False, "failure"), (1000, False, "success"), (1011, True, "success")],
-)
+    [
+        (1011, False, "failure"), (1008, False, "failure"),
+        (1000, False, "success"), (1001, False, "success"), (1011, True, "success"),
+    ],
+)  # fmt: skip
 def test_a_websocket_session_that_litellm_closes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, gone: bool, status: str, is_told: bool
 ) -> None:
@@ -637,8 +644,11 @@ def test_a_websocket_session_that_litellm_closes(
         assert told == ([(status, None, None)] if is_told else [])
 
 
+@pytest.mark.parametrize("kind", [b"application/json", b"multipart/form-data"])
 @pytest.mark.parametrize(("path", "kept"), [("/x", b'{"note":"word"}'), ("/key/generate", b"")])
-def test_nothing_is_kept_of_what_is_refused_where_no_calls_go(tmp_path: Path, path: str, kept: bytes) -> None:
+def test_nothing_is_kept_of_what_is_refused_where_no_calls_go(
+    tmp_path: Path, path: str, kept: bytes, kind: bytes
+) -> None:
     """It may be a provider's key, or a password: what is known is that somebody had a wrong key."""
     body = b'{"note":"word"}'
 
@@ -647,7 +657,7 @@ def test_nothing_is_kept_of_what_is_refused_where_no_calls_go(tmp_path: Path, pa
         call = current_call.get()
         assert call is not None
         call.noticed = call.failed = True
-        call.describe(None, {}, None)
+        call.describe(None, {"proxy_server_request": {"body": {"note": "word"}}}, None)
         await send({"type": "http.response.start", "status": 401, "headers": []})
         await send({"type": "http.response.body", "body": b"{}"})
 
@@ -655,7 +665,8 @@ def test_nothing_is_kept_of_what_is_refused_where_no_calls_go(tmp_path: Path, pa
         return {"type": "http.request", "body": body}
 
     recorder, producer = make_recorder(tmp_path)
-    scope = {"type": "http", "path": path, "method": "POST", "headers": [], "client": None}
+    headers = [(b"content-type", kind)]
+    scope = {"type": "http", "path": path, "method": "POST", "headers": headers, "client": None}
     observer = CallObserver(application, recorder, "/x".__eq__)
     asyncio.run(observer(scope, receive, lambda message: asyncio.sleep(0)))  # type: ignore[arg-type]
     (_, metadata, payload), (_, response, _) = producer.records
@@ -666,10 +677,11 @@ def test_nothing_is_kept_of_what_is_refused_where_no_calls_go(tmp_path: Path, pa
 @pytest.mark.parametrize(
     ("method", "path", "status", "is_told", "expected"),
     [
-        ("POST", "/v1/calls", 422, False, [(None, "422")]),
+        ("POST", "/v1/calls", 400, False, [(None, "400")]),
         ("POST", "/v1/calls", 422, True, [("of the key", "the hook's")]),
         ("POST", "/v1/calls", 200, False, []),
         ("POST", "/v1/calls", 404, False, []),
+        ("POST", "/v1/calls", 405, False, []),
         ("GET", "/v1/calls", 422, False, []),
         ("POST", "/v1/others", 422, False, []),
     ],
@@ -815,16 +827,25 @@ def test_the_fields_of_a_form_with_files(tmp_path: Path, parts: Any, kept: dict[
     call.accept(None, {"model": "of LiteLLM", "proxy_server_request": {"body": {"provider": "of LiteLLM"}}}, None)
     _, metadata, payload = producer.records[0]
     assert orjson.loads(payload) == kept
-    assert metadata["payload_digest"] == hashlib.sha256(body).hexdigest()
+    assert (metadata["payload_digest"], "payload_truncated" in metadata) == (hashlib.sha256(body).hexdigest(), False)
 
 
 @pytest.mark.parametrize("kind", [b"multipart/form-data", b"multipart/form-data; boundary=other"])
-def test_a_form_whose_parts_nobody_finds(tmp_path: Path, kind: bytes) -> None:
+@pytest.mark.parametrize(
+    ("read", "kept"),
+    [
+        ({"proxy_server_request": {"body": {"note": "as LiteLLM reads it"}}}, b'{"note":"as LiteLLM reads it"}'),
+        ({"proxy_server_request": {"body": "note"}}, b"{}"),
+        ({"litellm_logging_obj": object()}, b"{}"),
+    ],
+)
+def test_a_form_whose_parts_nobody_finds(tmp_path: Path, kind: bytes, read: dict[str, Any], kept: bytes) -> None:
     recorder, producer = make_recorder(tmp_path)
     call = make_call(recorder, form(('name="note"', "a")))
     call.content_type = kind
-    call.accept(None, {"proxy_server_request": {"body": {"note": "as LiteLLM reads it"}}}, None)
-    assert producer.records[0][2] == b'{"note":"as LiteLLM reads it"}'
+    call.accept(None, read, None)
+    assert producer.records[0][2] == kept
+    assert recorder.hooks.failures == 0
 
 
 def test_of_a_form_that_is_not_kept_whole_litellm_knows_the_rest(tmp_path: Path) -> None:
@@ -925,6 +946,31 @@ def test_one_answer_counts_once(tmp_path: Path) -> None:
     end(call)
     metadata = producer.records[1][1]
     assert (metadata["prompt_tokens"], metadata["cost"], metadata["attempt_count"]) == (2, 0.25, 1)
+
+
+@pytest.mark.parametrize(
+    ("known", "count"),
+    [
+        ({}, 0),
+        ({"streamed": True, "status_code": 200}, 1),
+        ({"streamed": True, "status_code": 500}, 0),
+        ({"status_code": 200}, 0),
+        ({"answer": Answer(2), "attempts": [{}]}, 2),
+        ({"event": event_of(FAILURE)}, 0),
+        ({"event": event_of({**FAILURE, "api_base": "https://example.net"})}, 1),
+        ({"event": event_of({**FAILURE, "api_base": "https://example.net"}), "attempts": [{}]}, 1),
+    ],
+)
+def test_an_attempt_is_what_a_provider_was_asked(tmp_path: Path, known: dict[str, Any], count: int) -> None:
+    """Of a call whose success nobody tells: the last attempt may be among those that have failed, or not."""
+    recorder, producer = make_recorder(tmp_path)
+    call = make_call(recorder)
+    call.accept(None, {}, None)
+    call.interrupted = True
+    for name, value in known.items():
+        setattr(call, name, value)
+    end(call)
+    assert producer.records[1][1]["attempt_count"] == count
 
 
 @pytest.mark.parametrize(
