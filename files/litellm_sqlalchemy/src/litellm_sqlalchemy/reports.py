@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime, timedelta
+from operator import itemgetter
 from typing import Any
 
 from sqlalchemy import Connection
@@ -165,7 +166,7 @@ def _top(settings: Settings, options: argparse.Namespace) -> int:
     with _selected(settings, options) as (connection, selection):
         totals = queries.totals(connection, [options.by], selection)
         latencies = {row[options.by]: row for row in queries.latencies(connection, [options.by], selection)}
-    best = sorted(totals, key=lambda row: row[options.order] or 0, reverse=True)[: options.last]
+    best = sorted(totals, key=itemgetter(options.order), reverse=True)[: options.last]
     none = dict.fromkeys(queries.PERCENTILE_COLUMNS)
     rows = [
         {**row, **{name: latencies.get(row[options.by], none)[name] for name in queries.PERCENTILE_COLUMNS}}

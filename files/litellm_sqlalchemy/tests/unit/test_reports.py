@@ -21,7 +21,7 @@ _SHOWN = r"\x1b]0;pwned\x07\x1b[2J\nforged\trow\r\x9b1A\u202e"
     [
         ("gpt-4o é 漢", "", "gpt-4o é 漢"),
         (_FORGED, "", _SHOWN),
-        ("a\n\tb\r\x1b", "\n\t", "a\n\tb\\r\\x1b"),
+        ("é\n\tb\r\x1b", "\n\t", "é\n\tb\\r\\x1b"),
         ("\ud800", "", r"\ud800"),
     ],
 )
@@ -88,9 +88,16 @@ def test_a_moment_that_no_call_can_have(value: str) -> None:
         reports.moment(value)
 
 
-@pytest.mark.parametrize("value", ["1970-01-01", "9998-12-31"])
-def test_a_moment_that_a_call_can_have(value: str) -> None:
-    assert reports.moment(value).tzinfo
+@pytest.mark.parametrize(
+    ("value", "moment"),
+    [
+        ("1970-01-01", datetime(1970, 1, 1, tzinfo=UTC)),
+        ("9998-12-31T12:00", datetime(9998, 12, 31, 12, tzinfo=UTC)),
+        ("2026-03-10T12:00:00+02:00", datetime(2026, 3, 10, 10, tzinfo=UTC)),
+    ],
+)
+def test_a_moment_that_a_call_can_have(value: str, moment: datetime) -> None:
+    assert reports.moment(value) == moment
 
 
 @pytest.mark.parametrize(
