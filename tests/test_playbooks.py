@@ -1,5 +1,8 @@
 """Playbooks explain themselves, and site.yml only imports them."""
 
+import grp
+import os
+import pwd
 import re
 import socket
 import subprocess
@@ -174,3 +177,42 @@ def test_the_validation_finds_instances_on_an_ipv6_address(tmp_path, address, ur
     command = ["ansible-playbook", "-i", str(tmp_path / "hosts.yml"), str(tmp_path / "play.yml")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert f"urls={url} " in done.stdout, done.stdout
+
+
+def test_client_certificates_that_are_switched_off_go_with_what_tells_when_they_end(tmp_path):
+    """A metric that nobody renews any more would be an alert without a cause."""
+    owner = {"owner": pwd.getpwuid(os.getuid()).pw_name, "group": grp.getgrgid(os.getgid()).gr_name}
+    folder, metrics = tmp_path / "certificates", tmp_path / "metrics"
+    logins = [f"litellm_{name}_{letter}" for name in ("writer", "reader") for letter in "ab"]
+    made = {
+        "ansible.builtin.include_role": {"name": "tls_certificate"},
+        "vars": {
+            "tls_certificate_usage": "client",
+            "tls_certificate_directory": str(folder / "{{ item }}"),
+            "tls_certificate_names": ["{{ item }}"],
+            "tls_certificate_ca_passphrase": "a passphrase for a test",
+            **{f"tls_certificate_{name}": value for name, value in owner.items()},
+        },
+        "loop": logins,
+    }
+    removed = {
+        "ansible.builtin.include_role": {"name": "litellm_logger", "tasks_from": "remove_certificates"},
+        "vars": {
+            "__litellm_logger_certificates": str(folder),
+            "litellm_logger_credentials": {name: {"user": f"litellm_{name}_a"} for name in ("writer", "reader")},
+        },
+    }
+    folder.mkdir()
+    (tmp_path / "hosts.yml").write_text("all: {hosts: {here: {ansible_connection: local}}}\n")
+    for task, left in ((made, logins), (removed, []), (removed, [])):
+        play = {"hosts": "here", "gather_facts": False, "tasks": [task]}
+        play["vars"] = {"tls_certificate_metrics_directory": str(metrics)}
+        (tmp_path / "play.yml").write_text(yaml.safe_dump([play]))
+        command = ["ansible-playbook", "-i", str(tmp_path / "hosts.yml"), str(tmp_path / "play.yml")]
+        command += ["-e", f"ansible_python_interpreter={sys.executable}"]
+        variables = os.environ | {"ANSIBLE_ROLES_PATH": str(ROOT / "roles")}
+        done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
+        assert folder.exists() is bool(left)
+        assert len(list(metrics.glob("*.prom"))) == len(left)
+    assert "changed=0" in done.stdout

@@ -180,8 +180,15 @@ def test_values_that_were_edited_rotate_by_running_the_site_again_and_a_release_
         new | {"vault_litellm_provider_keys": {"SLOW_API_KEY": PROVIDER_KEYS[1], "SPARE_API_KEY": PROVIDER_KEYS[0]}}
     )
     lock = release_built_ahead(tmp_path, "another release")
+    # as client certificates leave them that are switched off
+    folder = "/etc/litellm-sqlalchemy/certificates/litellm_writer_b"
+    metric = f"tls_certificate{folder.replace('/', '_')}.prom"
+    in_host("install", "-D", "/dev/null", f"{folder}/client.key")
+    in_host("touch", f"/var/lib/prometheus/node-exporter/{metric}")
     with phase("edited, then site.yml; release", len(new) + 2):
         run("site.yml", "-e", f"litellm_requirements_file={lock}")
+    assert "certificates" not in in_host("ls", "/etc/litellm-sqlalchemy").split()
+    assert metric not in in_host("ls", "/var/lib/prometheus/node-exporter").split()
     assert accepted(old, "writer", "reader") == set()
     assert accepted(new, "writer", "reader") == {"writer", "reader"}
     for key in (KEY["first"], KEY["present"], new["vault_litellm_master_key"]):
