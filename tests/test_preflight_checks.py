@@ -631,6 +631,15 @@ def test_a_required_variable_may_come_from_a_playbook():
     assert "variable-missing" not in found(run)[0]
 
 
+def test_the_databases_name_is_not_the_inventorys_to_choose():
+    """Which the playbooks of the server, the log and the backups have in common."""
+    _handed, overridden = gather.playbook_variables(str(ROOT / "playbooks"))
+    run = scene(gateway={"litellm_logger_database_name": "calls"}, overridden=overridden)
+    ids, report = found(run)
+    assert "variable-overridden" in ids
+    assert "litellm_logger_database_name has no effect: playbooks/litellm.yml sets it itself." in report
+
+
 def test_a_host_that_cannot_be_looked_at_is_one_finding():
     run = scene()
     run.hosts[0].facts, run.hosts[0].error = None, "No route to host"
