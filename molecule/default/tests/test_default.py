@@ -195,6 +195,13 @@ def test_another_run_predicts_no_change_and_shows_no_secret(secrets: dict[str, A
     assert [name for name, value in strings(secrets).items() if value in output] == []
 
 
+def test_another_port_of_the_database_is_predicted_by_what_its_present_one_says() -> None:
+    done = ansible("playbooks/postgresql.yml", "--check", "-e", "postgresql_port=5433")
+    assert done.returncode == 0, done.stdout[-5000:]
+    changed = [task.partition("]")[0] for task in done.stdout.split("\nTASK [") if "\nchanged: " in task]
+    assert changed == ["postgresql : configuration | Put settings and pg_hba.conf in force"]
+
+
 def test_no_secret_is_in_the_output_of_the_deployment(secrets: dict[str, Any]) -> None:
     log = (EPHEMERAL / "ansible.log").read_text()
     assert "PLAY RECAP" in log

@@ -7,7 +7,7 @@ import calendar
 import time
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.postgresql_peer import UnreachableError, connect, describe, psycopg2, rows
+from ansible.module_utils.postgresql_peer import UnreachableError, connect, describe, port_of, psycopg2, rows
 
 DOCUMENTATION = r"""
 module: postgresql_access
@@ -117,7 +117,8 @@ class Access:
     def __init__(self, module: AnsibleModule) -> None:
         self.params, self.dry = module.params, module.check_mode
         self.changes: list[str] = []
-        self.connection = connect(module.params["port"])
+        self.port = port_of(module)
+        self.connection = connect(self.port)
         self.load()
 
     def load(self) -> None:
@@ -265,7 +266,7 @@ class Access:
                 # What the owner loses by a change of owner in a dry run is not predicted.
                 self.exact(on, self.connection, present, pairs(wanted["grants"]))
             if connectable:
-                with_schema = connect(self.params["port"], name)
+                with_schema = connect(self.port, name)
                 present = set(rows(with_schema, SCHEMA))
                 kept = {item for item in present if item[0] != "public"}
                 schema_wanted = pairs(wanted["schema_grants"]) if wanted else kept

@@ -14,7 +14,7 @@ import tempfile
 import time
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.postgresql_peer import UnreachableError, connect, rows
+from ansible.module_utils.postgresql_peer import UnreachableError, connect, port_of, rows
 
 DOCUMENTATION = r"""
 module: postgresql_configuration
@@ -307,7 +307,7 @@ def main() -> None:
         module.exit_json(**result)
     watched = [*cluster.files, *module.params["reload_after"]]
     try:
-        connection = connect(module.params["port"])
+        connection = connect(port_of(module))
     except UnreachableError as unreachable:
         # Not running (or on another port until a restart): the next start reads everything.
         module.exit_json(**dict(result, restart_reasons=[] if module.check_mode else [str(unreachable)]))

@@ -7,7 +7,7 @@ import re
 import time
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.postgresql_peer import UnreachableError, connect, describe, psycopg2, rows
+from ansible.module_utils.postgresql_peer import UnreachableError, connect, describe, port_of, psycopg2, rows
 
 DOCUMENTATION = r"""
 module: postgresql_logins
@@ -150,7 +150,7 @@ def main() -> None:
         supports_check_mode=True,
     )
     try:
-        connection = connect(module.params["port"])
+        connection = connect(port_of(module))
     except UnreachableError as unreachable:
         if module.check_mode:
             module.exit_json(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pwd
+import re
 
 try:
     import psycopg2
@@ -49,6 +50,15 @@ def effective_user(name: str):
         yield
     finally:
         os.seteuid(before)
+
+
+def port_of(module) -> int:
+    """Return the module's port, or in check mode, which changes no port, the one where the server still is."""
+    port = module.params["port"]
+    if not module.check_mode or not os.path.isdir(SOCKET_DIRECTORY):
+        return port
+    found = [int(name[9:]) for name in os.listdir(SOCKET_DIRECTORY) if re.fullmatch(r"\.s\.PGSQL\.\d+", name)]
+    return found[0] if len(found) == 1 else port
 
 
 def connect(port: int, database: str = "postgres"):
