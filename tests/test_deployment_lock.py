@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -57,8 +57,9 @@ class Deployment:
         )
 
     def at_work(self, *prefix: str) -> subprocess.Popen[str]:
-        """Return a run that holds the lock until it is killed."""
-        run = self.start(f"touch {self.working}; exec sleep 600", *prefix)
+        """Return a run that holds the lock until it is killed; its work goes on until the end of the test."""
+        work = f"touch {self.working}; exec timeout 600 sh -c 'while [ -e {self.working} ]; do sleep 0.2; done'"
+        run = self.start(work, *prefix)
         until(self.working.exists)
         return run
 
@@ -89,8 +90,10 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 @pytest.fixture
-def deployment(tmp_path: Path) -> Deployment:
-    return Deployment(tmp_path)
+def deployment(tmp_path: Path) -> Iterator[Deployment]:
+    made = Deployment(tmp_path)
+    yield made
+    made.working.unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize("playbook", ["play.yml", "part.yml"])
