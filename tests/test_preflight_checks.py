@@ -503,7 +503,6 @@ def test_a_wrong_inventory_is_told_what_is_wrong_and_where(tmp_path):
     """By the playbook, with this machine as the host; it has other faults, too."""
     wrong = {
         "litellm_logger_settings": {"content": {"mode": "some"}},
-        "litellm_logger_validation_model": "b",
         "litellm_logger_prune_schedule": "every night",
         "litellm_models": [{"model_name": "a", "litellm_params": {"model": "openai/a"}}],
         "litellm_provider_keys": {"DATABASE_NAME": STRONG},
@@ -518,6 +517,9 @@ def test_a_wrong_inventory_is_told_what_is_wrong_and_where(tmp_path):
     groups = {"postgresql": {"gw1": None}, "litellm": {"gw1": None}, "backup": {"store1": rules}}
     children = {name: {"hosts": hosts} for name, hosts in groups.items()}
     (tmp_path / "hosts.yml").write_text(yaml.safe_dump({"all": {"vars": wrong, "children": children}}))
+    (tmp_path / "group_vars/all").mkdir(parents=True)
+    for model in ("a", "b"):  # the last file counts
+        (tmp_path / f"group_vars/all/{model}.yml").write_text(f"litellm_logger_validation_model: {model}\n")
     command = ["ansible-playbook", "-i", str(tmp_path / "hosts.yml"), "playbooks/preflight.yml"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode != 0
@@ -525,7 +527,7 @@ def test_a_wrong_inventory_is_told_what_is_wrong_and_where(tmp_path):
     place = r"\(\S*hosts.yml:\d+\)"
     expected = [
         rf"log-settings \[gw1\] litellm_logger_settings {place} is refused by the log: `content.mode` is 'some'",
-        rf"validation-model \[gw1\] litellm_logger_validation_model {place} is b",
+        r"validation-model \[gw1\] litellm_logger_validation_model \(\S*/b.yml:1\) is b",
         r"gateway-database \[gw1\] litellm_provider_keys sets DATABASE_NAME\.",
         r"name-resolution \[gw1\] nowhere.invalid does not resolve",
         rf"firewall-sources \[store1\] firewall_rules\[0\].sources {place} has '10.0.0.0/33'",

@@ -149,7 +149,9 @@ def read_host(
     for variable, value in raw.items():
         if variable in NOT_INVENTORY or (variable.startswith("ansible_") and variable not in CONNECTION_VARIABLES):
             continue
-        where = origin(variable) or origin(value)
+        # Of a variable that two files set, the name is still the first one's.
+        name_at, value_at = origin(variable), origin(value)
+        where = value_at if value_at.partition(":")[0] != name_at.partition(":")[0] and value_at else name_at
         if where:
             host.origins[variable] = where
         if in_clear(value):
