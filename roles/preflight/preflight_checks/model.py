@@ -89,6 +89,11 @@ class Run:
                 return default
         return otherwise
 
+    def mapping(self, host: Host, name: str) -> dict[str, Any]:
+        """Return the value where it is a mapping, else an empty one: that it is none is the types' check to say."""
+        value = self.value(host, name)
+        return value if isinstance(value, dict) else {}
+
     def secret_names(self) -> set[str]:
         """Return every variable whose value must not be shown."""
         names = {name for options in self.specs.values() for name, spec in options.items() if hides(spec)}

@@ -72,8 +72,7 @@ def ports(run: Run, host: Host) -> Iterator[Port]:
         if metrics := as_number(run.value(host, "haproxy_metrics_port", 8405)):
             yield Port(metrics, "haproxy_metrics_port", ("127.0.0.1",), r"haproxy\.service")
     if "litellm_logger" in host.roles:
-        settings = run.value(host, "litellm_logger_settings", {})
-        writer = settings.get("writer") if isinstance(settings, dict) else None
+        writer = run.mapping(host, "litellm_logger_settings").get("writer")
         listen = writer.get("listen", "127.0.0.1:9465") if isinstance(writer, dict) else "127.0.0.1:9465"
         if isinstance(listen, str) and listen.rpartition(":")[2].isdigit():
             address, _, number_text = listen.rpartition(":")
@@ -97,8 +96,8 @@ def urls_to_fetch(run: Run, host: Host) -> list[str]:
 
 def endpoints_to_reach(run: Run, host: Host) -> list[str]:
     """Return `host:port` of the bucket that takes the off-host copies: pgBackRest would try for long to reach it."""
-    bucket = run.value(host, "postgresql_backup_offsite_s3") if "postgresql_backup" in host.roles else None
-    if not isinstance(bucket, dict) or not isinstance(bucket.get("endpoint"), str):
+    bucket = run.mapping(host, "postgresql_backup_offsite_s3") if "postgresql_backup" in host.roles else {}
+    if not isinstance(bucket.get("endpoint"), str):
         return []
     return [f"{bucket['endpoint']}:{bucket.get('port', 443)}"]
 

@@ -15,6 +15,7 @@ from .network import listen_addresses, loopback
 from .secrets import type_name
 
 OWN_ENVIRONMENT = {"LITELLM_MASTER_KEY"}
+ENVIRONMENT_VARIABLES = ("litellm_environment", "litellm_provider_keys")
 CERTIFICATE_VARIABLES = ("postgresql_tls_certificate_file", "postgresql_tls_key_file", "postgresql_tls_ca_file")
 
 
@@ -86,7 +87,7 @@ def backup_offsite(run: Run) -> Iterator[tuple[str, ...]]:
             *(host.facts or {}).get("own_addresses", []),
         } - {None}
         there = {*run.role_hosts.get("postgresql_backup_store", [])} if not named else {str(named.get("host"))}
-        there |= {str((run.value(host, "postgresql_backup_offsite_s3") or {}).get("endpoint"))}
+        there |= {str(run.mapping(host, "postgresql_backup_offsite_s3").get("endpoint"))}
         if there & own and run.value(host, "postgresql_backup_offsite_required"):
             yield (
                 host.name,
@@ -133,9 +134,8 @@ def provider_keys(run: Run) -> Iterator[tuple[str, ...]]:
     settings = ("litellm_models", "litellm_settings", "litellm_general_settings", "litellm_router_settings")
     for host in run.on("litellm"):
         known = set(OWN_ENVIRONMENT)
-        for name in ("litellm_provider_keys", "litellm_environment"):
-            value = run.value(host, name)
-            known |= set(value) if isinstance(value, dict) else set()
+        for name in ENVIRONMENT_VARIABLES:
+            known |= set(run.mapping(host, name))
         if "litellm_provider_keys" in host.unset:
             continue
         for name in settings:
@@ -165,9 +165,8 @@ def texts_in(value: Any) -> set[str]:
 def setting_in_clear(run: Run) -> Iterator[tuple[str, ...]]:
     for host in run.on("litellm"):
         for name in ("litellm_settings", "litellm_general_settings", "litellm_router_settings"):
-            settings = run.value(host, name)
             # the master key there is said by gateway-database
-            for key, value in settings.items() if isinstance(settings, dict) else ():
+            for key, value in run.mapping(host, name).items():
                 if key != "master_key" and any(text.startswith("sk-") for text in texts_in(value)):
                     yield (
                         host.name,
@@ -179,19 +178,16 @@ def setting_in_clear(run: Run) -> Iterator[tuple[str, ...]]:
 @check("gateway-database", "The gateway has no database of its own")
 def gateway_database(run: Run) -> Iterator[tuple[str, ...]]:
     for host in run.on("litellm"):
-        general = run.value(host, "litellm_general_settings")
-        for variable in ("litellm_environment", "litellm_provider_keys"):
-            value = run.value(host, variable)
-            for name in sorted(
-                {*run.controller["database_environment"]} & {*(value if isinstance(value, dict) else ())}
-            ):
+        general = run.mapping(host, "litellm_general_settings")
+        for variable in ENVIRONMENT_VARIABLES:
+            for name in sorted({*run.controller["database_environment"]} & {*run.mapping(host, variable)}):
                 yield (
                     host.name,
                     f"{variable} sets {name}.",
                     "remove it: requests are logged through the spool, LiteLLM's own database stays off.",
                 )
         for name in ("database_url", "store_model_in_db", "master_key"):
-            if isinstance(general, dict) and general.get(name):
+            if general.get(name):
                 yield (
                     host.name,
                     f"litellm_general_settings sets {name} (value hidden).",

@@ -10,6 +10,7 @@ from typing import Any
 from .controller import UPDATE
 from .model import CONTROLLER, Host, Run, check
 from .secrets import type_name
+from .services import ENVIRONMENT_VARIABLES
 from .variables import quoted, where
 
 SETTING_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_$]*(\.[A-Za-z_][A-Za-z0-9_$]*)*")
@@ -42,8 +43,7 @@ def log_settings(run: Run) -> Iterator[tuple[str, ...]]:
 def validation_model(run: Run) -> Iterator[tuple[str, ...]]:
     for host in run.on("litellm_logger"):
         name, model = "litellm_logger_validation_model", run.value(host, "litellm_logger_validation_model")
-        settings = run.value(host, "litellm_logger_settings")
-        own = settings.get("validation") if isinstance(settings, dict) else None
+        own = run.mapping(host, "litellm_logger_settings").get("validation")
         if isinstance(own, dict) and "model" in own:
             name, model = "litellm_logger_settings.validation.model", own["model"]
         known = model_names(run, host)
@@ -66,8 +66,7 @@ def model_names(run: Run, host: Host) -> set[str]:
         if isinstance(parameters, dict):
             found |= {model.get("model_name"), parameters.get("model")}
     for name, key in (("litellm_router_settings", "model_group_alias"), ("litellm_settings", "model_alias_map")):
-        settings = run.value(host, name)
-        aliases = settings.get(key) if isinstance(settings, dict) else None
+        aliases = run.mapping(host, name).get(key)
         found |= set(aliases) if isinstance(aliases, dict) else set()
     return {name for name in found if isinstance(name, str)}
 
@@ -75,9 +74,8 @@ def model_names(run: Run, host: Host) -> set[str]:
 @check("environment-names", "Keys have names that an environment can have, and take nothing's place there")
 def environment_names(run: Run) -> Iterator[tuple[str, ...]]:
     for host in run.on("litellm"):
-        for name in ("litellm_provider_keys", "litellm_environment"):
-            value = run.value(host, name)
-            for position, key in enumerate(value if isinstance(value, dict) else (), 1):
+        for name in ENVIRONMENT_VARIABLES:
+            for position, key in enumerate(run.mapping(host, name), 1):
                 if not ENVIRONMENT_NAME.fullmatch(key):
                     # Who mixes up name and key would find the key in the report.
                     shown = f"({len(key)} characters, hidden)" if key.startswith("sk-") or len(key) > 24 else repr(key)
@@ -98,9 +96,8 @@ def environment_names(run: Run) -> Iterator[tuple[str, ...]]:
 @check("postgresql-settings", "Settings of PostgreSQL are names with plain values, and none that is decided elsewhere")
 def postgresql_settings(run: Run) -> Iterator[tuple[str, ...]]:
     for host in run.on("postgresql"):
-        settings = run.value(host, "postgresql_settings")
         place = where(host, "postgresql_settings")
-        for key, value in settings.items() if isinstance(settings, dict) else ():
+        for key, value in run.mapping(host, "postgresql_settings").items():
             if role := run.controller["decided_settings"].get(key.lower()):
                 yield (
                     host.name,
@@ -160,9 +157,8 @@ def schedules(run: Run, host: Host) -> Iterator[tuple[str, str]]:
     """Yield (variable, time) of every timer of the host."""
     found: dict[str, Any] = {}
     if "postgresql_backup" in host.roles:
-        timers = run.value(host, "postgresql_backup_schedules")
-        items = timers.items() if isinstance(timers, dict) else ()
-        found |= {f"postgresql_backup_schedules.{key}": time for key, time in items}
+        timers = run.mapping(host, "postgresql_backup_schedules")
+        found |= {f"postgresql_backup_schedules.{key}": time for key, time in timers.items()}
     if "litellm_logger" in host.roles:
         found["litellm_logger_prune_schedule"] = run.value(host, "litellm_logger_prune_schedule")
     # without quotes, YAML makes a date of 2027-01-01 and the number 36000 of 10:00:00
